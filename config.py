@@ -1,0 +1,170 @@
+"""Every setting of every script: one frozen dataclass, its presets, and the command line made from it.
+
+    python train.py --preset sample --batch_size 16 --fine_tune_encoder true
+"""
+import argparse
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+from dataclasses import dataclass
+
+
+class UserError(Exception):
+    """Something the user can mend: shown as one line that names the file and the way out; exit code 2."""
+
+
+ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+@dataclass(frozen=True)
+class Config:
+    # data
+    data_dir: str = "data"  # archives in, WORDMAP.json and {split}.h5 out
+    image_size: int = 256  # pixels a side; pictures are resized to a square, as in the original
+    captions_per_image: int = 5  # the data set's own number; further captions of a picture are left out
+    max_len: int = 40  # words a caption; longer ones are cut
+    min_word_freq: int = 3  # a word seen less often in the training captions becomes <unk>
+    max_bad_images: float = 0.01  # share of unreadable pictures at which preprocessing stops instead of going on
+
+    # model
+    encoder: str = "resnet101"  # resnet18, resnet34, resnet50, resnet101 or resnet152
+    encoder_weights: str = "imagenet"  # imagenet (torchvision's), none (random), or the path of a state dict
+    encoded_image_size: int = 14  # the attention chooses among 14 x 14 = 196 pixels (section 4.3)
+    emb_dim: int = 512  # word embedding
+    attention_dim: int = 512  # hidden layer of the attention
+    decoder_dim: int = 512  # LSTM state
+    dropout: float = 0.5  # on the LSTM state, before the words are scored
+
+    # optimisation
+    epochs: int = 120  # at the most; early stopping comes first
+    batch_size: int = 32  # pictures a step over all processes together, each with all its captions
+    fine_tune_encoder: bool = False  # train the encoder too: layer2 to layer4, or all of it where it starts random
+    encoder_lr: float = 1e-4  # Adam, when fine-tuning
+    decoder_lr: float = 4e-4  # Adam
+    grad_clip: float = 5.0  # each component of the gradient is clipped to +-5
+    alpha_c: float = 1.0  # weight of the doubly stochastic term (eq. 14)
+    lr_decay: float = 0.8  # both rates are multiplied by this ...
+    lr_decay_epochs: int = 8  # ... after this many epochs in a row without a better score
+    early_stop_epochs: int = 20  # the run ends after this many epochs in a row without a better score
+
+    # run
+    model_dir: str = "models"  # checkpoint.pth.tar, BEST_checkpoint.pth.tar
+    log_dir: str = "logs"  # one folder a run: TensorBoard events, log.jsonl, config.json
+    print_freq: int = 50  # steps between two readings of loss, gradient norm and speed; each costs a synchronisation
+    seed: int = 0  # weights, shuffling, dropout
+    device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, ...
+    workers: int = 4  # processes that read batches; 0 reads in the training process itself
+
+    def __post_init__(self):
+        at_least = dict(image_size=32, captions_per_image=1, max_len=1, min_word_freq=1, max_bad_images=0,
+                        encoded_image_size=1, emb_dim=1, attention_dim=1, decoder_dim=1, dropout=0, epochs=1,
+                        batch_size=1, encoder_lr=0, decoder_lr=0, grad_clip=0, alpha_c=0, lr_decay=0,
+                        lr_decay_epochs=1, early_stop_epochs=1, print_freq=1, seed=0, workers=0)
+        at_most = dict(max_bad_images=1, dropout=1, lr_decay=1, image_size=4096, max_len=1000,
+                       encoded_image_size=256, workers=256)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is float and type(value) is int:
+                continue
+            if type(value) is not field.type:
+                raise UserError(f"--{field.name} must be {field.type.__name__}, not {value!r}")
+        for name, bound in at_least.items():
+            if not getattr(self, name) >= bound:
+                raise UserError(f"--{name} must be at least {bound}, not {getattr(self, name)}")
+        for name, bound in at_most.items():
+            if not getattr(self, name) <= bound:
+                raise UserError(f"--{name} must be at most {bound}, not {getattr(self, name)}")
+        if self.encoder not in ENCODERS:
+            raise UserError(f"--encoder must be one of {', '.join(ENCODERS)}, not {self.encoder!r}")
+
+
+# What a checkpoint's weights or pixels depend on: these cannot be changed for a model that exists.
+ARCHITECTURE = ("encoder", "encoded_image_size", "image_size", "emb_dim", "attention_dim", "decoder_dim")
+
+PRESETS = {
+    "ai_challenger": {},
+    "sample": dict(data_dir="data/sample", model_dir="models/sample", log_dir="logs/sample",
+                   image_size=128, encoder="resnet18", encoder_weights="none", fine_tune_encoder=True,
+                   encoder_lr=1e-3, decoder_lr=1e-3, epochs=6, batch_size=20, workers=0),
+}
+
+
+def get_config(preset="ai_challenger", flags=None, trained=None):
+    """The settings of one run; the precedence is defaults < preset < flags, or defaults < trained < flags.
+
+    Args:
+        preset (str): a key of PRESETS.
+        flags (dict): what the user gave on the command line, field -> value.
+        trained (dict): the settings that a checkpoint carries; they stand in the place of the preset.
+    Raises:
+        UserError: an unknown preset or field, a value out of range, a flag that contradicts the checkpoint.
+    """
+    flags = flags or {}
+    if trained is None:
+        if preset not in PRESETS:
+            raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not {preset!r}")
+        return Config(**{**PRESETS[preset], **flags})
+    unknown = set(trained) - {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise UserError(f"the checkpoint has settings this version does not know: {', '.join(sorted(unknown))}")
+    for name in ARCHITECTURE:
+        if name in flags and flags[name] != trained.get(name):
+            raise UserError(f"--{name} {flags[name]} contradicts the checkpoint, which was trained with "
+                            f"--{name} {trained.get(name)}: leave the flag out, or train another model")
+    return Config(**{**trained, **flags})
+
+
+def parse_args(description, own=None, argv=None):
+    """Read the command line: --preset, --FIELD for every field of Config, and the script's own flags.
+
+    Args:
+        description (str): the script's docstring, for --help.
+        own (dict): the script's own flags, name -> keyword arguments of argparse's add_argument.
+        argv (list of str): sys.argv[1:] where None.
+    Returns:
+        Namespace: `preset` (str), `flags` (dict: the fields that the user named, and only those), and the own flags.
+    Raises:
+        UserError: unknown, abbreviated or mistyped flags, values that do not parse.
+    """
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = _raise_user_error
+    parser.add_argument("--preset", default="ai_challenger", help=f"one of {', '.join(PRESETS)}")
+    for name, keywords in (own or {}).items():
+        parser.add_argument(f"--{name}", **keywords)
+    fields = dataclasses.fields(Config)
+    for field in fields:
+        parser.add_argument(f"--{field.name}", type=_boolean if field.type is bool else field.type,
+                            default=argparse.SUPPRESS, metavar=field.type.__name__.upper(),
+                            help=f"{comments[field.name]} ({field.default})".replace("%", "%%"))
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        raise UserError(f"unknown flag {unknown[0]!r}" + (f": did you mean {close[0]}?" if close else "; see --help"))
+    args.flags = {field.name: getattr(args, field.name) for field in fields if hasattr(args, field.name)}
+    return args
+
+
+def run(main):
+    """Run a script's main(); a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _boolean(text):
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
+    return text == "true"
+
+
+def _raise_user_error(message):
+    raise UserError(message)

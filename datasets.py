@@ -1,0 +1,334 @@
+"""From files to tensors: pixels, tokens, the word map, and batches of pictures with all their captions.
+
+Each of the first two has one function, which preprocessing, training, evaluation and demo share: read_image and
+tokenize. The same picture file is the same array everywhere, and the same sentence the same words.
+"""
+import collections
+import functools
+import hashlib
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import h5py
+import jieba
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from config import UserError
+
+FORMAT_VERSION = 1
+PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
+# Decoders that run other programs (EPS) or that no photograph needs stay closed.
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+jieba.setLogLevel(logging.WARNING)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixels
+
+
+class BadPicture(Exception):
+    """A file that is not a readable picture; the message names it and says why."""
+
+
+def open_picture(path):
+    """Open any picture upright and in RGB: gray, palette, CMYK, 16-bit, transparent (on white), EXIF-rotated.
+
+    Args:
+        path (str or Path)
+    Returns:
+        PIL.Image: mode RGB, the file's own size (the first frame of an animation).
+    Raises:
+        BadPicture: missing, empty, truncated, not a picture, or more than 179 million pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=PICTURE_FORMATS) as file:
+                picture = ImageOps.exif_transpose(file)
+                picture.load()
+            if picture.mode.startswith("I"):  # Pillow clips 16 bits to 8 where it should scale
+                return Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+            return picture.convert("RGB")
+    except Exception as error:  # on a broken file Pillow's decoders raise whatever they stumble over
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).replace(f" {str(path)!r}", "")
+        raise BadPicture(f"{path}: {reason or type(error).__name__}") from error
+
+
+def read_image(path, image_size):
+    """The one way from a picture file to pixels, for training, evaluation and demo alike.
+
+    Args:
+        path (str or Path)
+        image_size (int): side of the square, pixels; the picture is resized without regard to its aspect.
+    Returns:
+        uint8 array (image_size, image_size, 3), RGB.
+    Raises:
+        BadPicture: see open_picture.
+    """
+    return np.asarray(open_picture(path).resize((image_size, image_size), Image.Resampling.BILINEAR))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def tokenize(caption):
+    """Cut a sentence into words: jieba's exact mode, without white space and without the full stop 。
+
+    The full stop is left out as AI Challenger's evaluator does; the end of a sentence is the token <end>.
+
+    Args:
+        caption (str)
+    Returns:
+        list of str
+    """
+    return [word for word in jieba.cut(caption.replace("。", "")) if not word.isspace()]
+
+
+def build_word_map(token_lists, min_word_freq):
+    """Number the words by falling frequency, then by code point; the same text gives the same map everywhere.
+
+    Args:
+        token_lists (iterable of list of str): the training captions.
+        min_word_freq (int): a word must occur at least so often.
+    Returns:
+        dict: word -> id; <pad> is 0, the words follow from 1, then <unk>, <start>, <end>.
+    """
+    counts = collections.Counter(word for tokens in token_lists for word in tokens)
+    words = sorted((word for word, count in counts.items() if count >= min_word_freq and word not in
+                    (PAD, UNK, START, END)), key=lambda word: (-counts[word], word))
+    return {word: number for number, word in enumerate([PAD, *words, UNK, START, END])}
+
+
+def word_map_digest(word_map):
+    """sha256 of the word map, hexadecimal: what data files and checkpoints are compared by."""
+    return hashlib.sha256(json.dumps(word_map, sort_keys=True).encode()).hexdigest()
+
+
+def check_word_map(word_map, source):
+    """Raise UserError, naming `source`, unless this is a dict of words to 0 .. V-1 with the four special tokens."""
+    if not (isinstance(word_map, dict) and all(isinstance(word, str) for word in word_map)
+            and all(type(number) is int for number in word_map.values())
+            and sorted(word_map.values()) == list(range(len(word_map)))
+            and word_map.get(PAD) == 0 and {UNK, START, END} <= word_map.keys()):
+        raise UserError(f"{source} is not a word map (word -> number, with <pad> 0, <unk>, <start> and <end>): "
+                        f"python pre_process.py --overwrite makes it again")
+    return word_map
+
+
+def load_word_map(data_dir):
+    """Read data_dir/WORDMAP.json. Returns: dict word -> id. Raises: UserError where it is missing or damaged."""
+    path = Path(data_dir) / "WORDMAP.json"
+    try:
+        word_map = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: run pre_process.py (--overwrite if only this file was lost)") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): python pre_process.py --overwrite makes it again") from None
+    return check_word_map(word_map, path)
+
+
+def encode_caption(tokens, word_map, max_len):
+    """Turn words into ids.
+
+    Args:
+        tokens (list of str): at most `max_len` of them are used.
+        word_map (dict): word -> id.
+        max_len (int)
+    Returns:
+        int32 array (max_len + 2,): <start>, the words, <end>, then <pad>.
+        int: how many of these are real, <start> and <end> counted.
+    """
+    ids = [word_map.get(word, word_map[UNK]) for word in tokens[:max_len]]
+    row = np.zeros(max_len + 2, np.int32)
+    row[:len(ids) + 2] = [word_map[START], *ids, word_map[END]]
+    return row, len(ids) + 2
+
+
+def decode_caption(ids, words):
+    """Turn ids into words, up to <end>, without the special tokens; <unk> stays.
+
+    Args:
+        ids (iterable of int)
+        words (list of str): the word map's words by id, as word_list gives them.
+    Returns:
+        list of str
+    """
+    tokens = [words[int(number)] for number in ids]
+    if END in tokens:
+        tokens = tokens[:tokens.index(END)]
+    return [token for token in tokens if token not in (PAD, START)]
+
+
+def word_list(word_map):
+    """The words of a word map by id. Returns: list of str."""
+    return sorted(word_map, key=word_map.get)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+class CaptionDataset(Dataset):
+    """One split as pre_process.py wrote it: N pictures, each with up to K captions.
+
+    `dataset[rows]` (list of int, B of them) gives a batch: images uint8 (B, S, S, 3); captions int64 (B, K, L), cut to
+    the batch's longest; caption_lengths int64 (B, K), <start> and <end> counted, 0 where a picture has fewer captions;
+    rows int64 (B,).
+
+    Attributes: image_ids (list of str), raw_captions (list of lists of str, one for each picture).
+    """
+
+    def __init__(self, config, split, word_map):
+        self.path = Path(config.data_dir) / f"{split}.h5"
+        expected = dict(format_version=FORMAT_VERSION, word_map_digest=word_map_digest(word_map),
+                        image_size=config.image_size, captions_per_image=config.captions_per_image,
+                        max_len=config.max_len)
+        with open_split(self.path) as file:
+            check_attributes(self.path, dict(file.attrs), expected)
+            self.captions = torch.from_numpy(file["captions"][:].astype(np.int64))
+            self.caption_lengths = torch.from_numpy(file["caption_lengths"][:].astype(np.int64))
+            self.image_ids = list(file["image_ids"].asstr()[:])
+            self.raw_captions = [[text for text in row if text] for row in file["raw_captions"].asstr()[:]]
+            self.shape, self.offset = file["images"].shape, file["images"].id.get_offset()
+        if len(self.captions) and not (0 <= self.captions.min() and self.captions.max() < len(word_map)):
+            raise UserError(f"{self.path} has word ids outside the word map: run pre_process.py --overwrite")
+
+    @functools.cached_property
+    def images(self):
+        # The data set is contiguous, so a map of the file reads a whole batch without a lock or a handle to inherit.
+        return np.memmap(self.path, np.uint8, "r", self.offset, self.shape)
+
+    def __getstate__(self):
+        # A worker that is spawned opens the file itself; a pickled map would carry all its pixels.
+        return {name: value for name, value in self.__dict__.items() if name != "images"}
+
+    def __len__(self):
+        return len(self.image_ids)
+
+    def __getitem__(self, rows):
+        lengths = self.caption_lengths[rows]
+        longest = max(int(lengths.max()), 2)
+        return torch.from_numpy(self.images[rows]), self.captions[rows][:, :, :longest], lengths, torch.tensor(rows)
+
+
+def open_split(path):
+    """Open a {split}.h5 and check that it is one: names, types, shapes, contiguous and in this very file.
+
+    Args:
+        path (Path)
+    Returns:
+        h5py.File, open for reading.
+    Raises:
+        UserError: missing, damaged, or something else.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist: run pre_process.py first")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise UserError(f"{path} is not a readable HDF5 file ({error}): run pre_process.py --overwrite") from None
+    try:
+        for name, kind, ndim in (("images", np.uint8, 4), ("captions", np.int32, 3), ("caption_lengths", np.int32, 2),
+                                 ("image_ids", object, 1), ("raw_captions", object, 2)):
+            link = file.get(name, getlink=True)
+            data = file[name] if isinstance(link, h5py.HardLink) else None
+            if not (isinstance(data, h5py.Dataset) and data.dtype == kind and data.ndim == ndim
+                    and len(data) == len(file["images"]) and not data.external and not data.is_virtual
+                    and (kind is not object or h5py.check_string_dtype(data.dtype))):
+                raise ValueError(f"no proper {name!r}")
+        images, captions = file["images"], file["captions"]
+        if images.chunks or (images.size and images.id.get_offset() is None):
+            raise ValueError("'images' is not contiguous")
+        side, longest = int(file.attrs["image_size"]), int(file.attrs["max_len"])
+        if images.shape[1:] != (side, side, 3) or captions.shape[2] != longest + 2 or \
+                not captions.shape[:2] == file["caption_lengths"].shape == file["raw_captions"].shape:
+            raise ValueError("shapes do not fit each other")
+        lengths = file["caption_lengths"][:]
+        if len(lengths) and (lengths.min() < 0 or lengths.max() > captions.shape[2]):
+            raise ValueError("caption lengths out of range")
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+        file.close()
+        raise UserError(f"{path} is not a file of pre_process.py ({error}): run pre_process.py --overwrite") from None
+    return file
+
+
+def check_attributes(path, attributes, expected):
+    """Raise UserError, naming the file and both values, where an attribute is not as expected."""
+    for name, value in expected.items():
+        found = attributes.get(name)
+        if str(found) != str(value):
+            what = {"word_map_digest": "another word map", "source": "other annotations"}.get(
+                name, f"{name} {found}, not {value}")
+            raise UserError(f"{path} was made with {what}: run pre_process.py --overwrite with the settings of this "
+                            f"run, or point --data_dir at the data that belongs to it")
+
+
+class BatchSampler(Sampler):
+    """Row numbers of one epoch in global batches, of which each process takes its share.
+
+    Training shuffles by (seed, epoch) and leaves out the last, incomplete batch; so the global batches do not depend
+    on the number of processes. Evaluation goes through all rows once, in order, none twice.
+
+    Args:
+        n (int): rows. batch_size (int): pictures in a global batch. shuffle (bool): training.
+        seed, rank, world_size (int).
+    """
+
+    def __init__(self, n, batch_size, shuffle, seed=0, rank=0, world_size=1):
+        self.n, self.batch_size, self.shuffle, self.seed = n, min(batch_size, n), shuffle, seed
+        self.rank, self.world_size, self.epoch = rank, world_size, 0
+        if shuffle and self.batch_size < world_size:
+            raise UserError(f"a batch of {self.batch_size} pictures cannot be shared by {world_size} processes")
+
+    def __len__(self):
+        if self.shuffle:
+            return self.n // self.batch_size if self.n else 0
+        return len(range(self.rank * self.batch_size, self.n, self.world_size * self.batch_size)) if self.n else 0
+
+    def __iter__(self):
+        if self.shuffle:
+            order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch))
+            for i in range(len(self)):
+                yield order[i * self.batch_size:(i + 1) * self.batch_size][self.rank::self.world_size].tolist()
+        elif self.n:
+            for start in range(self.rank * self.batch_size, self.n, self.world_size * self.batch_size):
+                yield list(range(start, min(start + self.batch_size, self.n)))
+
+
+def make_loader(dataset, config, shuffle, rank=0, world_size=1):
+    """Batches of a split, read by `config.workers` processes.
+
+    Args:
+        dataset (CaptionDataset), config (Config), shuffle (bool): training; rank, world_size (int).
+    Returns:
+        DataLoader of what CaptionDataset gives; its `sampler.epoch` chooses the permutation.
+    Raises:
+        UserError: an empty split.
+    """
+    if not len(dataset):
+        raise UserError(f"{dataset.path} holds no pictures")
+    sampler = BatchSampler(len(dataset), config.batch_size, shuffle, config.seed, rank, world_size)
+    return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=config.workers,
+                      pin_memory=torch.cuda.is_available(), persistent_workers=config.workers > 0)
+
+
+def write_text(path, text):
+    """Write a small file whole or not at all: temporary name, flush, rename."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

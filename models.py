@@ -1,0 +1,364 @@
+"""Show, Attend and Tell (Xu et al. 2015, arXiv 1502.03044) with soft attention, in the paper's order.
+
+Symbols: B pictures, K captions a picture, G cells of the ResNet's own grid, P pixels the attention chooses among,
+T steps, D encoder dim, A attention dim, E word embedding dim, H decoder dim, V words.
+"Eq." and "section" refer to the paper; the parameters have the names of the PyTorch original.
+
+Departures from the original, and why:
+- The encoder gives the grid of the ResNet itself (8x8 at 256 pixels). Pooling it to 14x14 is a fixed P x G matrix, and
+  commutes with whatever is linear: so only the energies are worked out on P pixels, the rest on G. Same numbers.
+- `encoder_att` of the pixels and the words' part of the LSTM's input do not depend on the state: once, not every step.
+- The K captions of a picture share its pixels.
+- The words are scored once, for all real tokens together, after the time loop. Same numbers.
+- A frozen layer stays in eval mode: its batch norms must not drift.
+- Generated captions never contain <pad>, <start> or <unk>, and one that never ends is given as far as it goes.
+From the paper: the words are scored from the state alone, fc(dropout(h)), not from the deep output of Eq. 7.
+"""
+from typing import NamedTuple
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from config import UserError
+from datasets import END, PAD, START, UNK
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Encoder(nn.Module):
+    """The annotation vectors a (section 3.1.1): a ResNet without its last two layers.
+
+    Args:
+        name (str): resnet18, resnet34, resnet50, resnet101 or resnet152.
+        weights (str): imagenet, none, or the path of a state dict of torchvision's ResNet.
+    Raises:
+        UserError: the weights cannot be had, or do not fit.
+    """
+
+    def __init__(self, name, weights):
+        super().__init__()
+        resnet = load_resnet(name, weights)
+        self.dim = resnet.fc.in_features  # D: 512 for resnet18 and 34, otherwise 2048
+        self.resnet = nn.Sequential(*list(resnet.children())[:-2]).to(memory_format=torch.channels_last)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255, persistent=False)
+        self.fine_tune("none")
+
+    def forward(self, images):
+        """
+        Args:
+            images: uint8 (B, S, S, 3), RGB, as read_image gives them.
+        Returns:
+            float (B, S/32, S/32, D), rounded up.
+        """
+        x = images.permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory, as the convolutions like it
+        x = (x.float() - self.mean) / self.std
+        return self.resnet(x).permute(0, 2, 3, 1)
+
+    def fine_tune(self, layers):
+        """Choose what is trained.
+
+        Args:
+            layers (str): none; top (layer2 to layer4, which the original fine-tunes); or all (for random weights).
+        """
+        self.frozen = {"none": 8, "top": 5, "all": 0}[layers]  # how many of conv1, bn1, relu, maxpool, layer1 ... 4
+        for number, layer in enumerate(self.resnet):
+            layer.requires_grad_(number >= self.frozen)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for layer in self.resnet[:self.frozen]:
+            layer.eval()
+        return self
+
+
+def load_resnet(name, weights):
+    """torchvision's ResNet with ImageNet weights (V1, the original's), random ones, or those of a file."""
+    if weights == "none":
+        return torchvision.models.get_model(name, weights=None)
+    if weights == "imagenet":
+        imagenet = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+        try:
+            return torchvision.models.get_model(name, weights=imagenet)
+        except (URLError, OSError, RuntimeError) as error:
+            raise UserError(f"the ImageNet weights of {name} cannot be downloaded ({error}): fetch {imagenet.url} "
+                            f"elsewhere and put it into {torch.hub.get_dir()}/checkpoints/, or name a state dict with "
+                            f"--encoder_weights PATH, or train from random weights with --encoder_weights none"
+                            ) from None
+    resnet = torchvision.models.get_model(name, weights=None)
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = {"fc.weight": resnet.fc.weight, "fc.bias": resnet.fc.bias, **state}
+        resnet.load_state_dict(state)
+    except Exception as error:  # torch.load raises whatever a broken file leads it to
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--encoder_weights {weights} is not a state dict of torchvision's {name} ({reason})") from None
+    return resnet
+
+
+class Attention(nn.Module):
+    """Soft attention (section 4.2): an energy for every pixel, a softmax over the pixels, their weighted mean.
+
+    Args:
+        encoder_dim (int): D. decoder_dim (int): H. attention_dim (int): A.
+    """
+
+    def __init__(self, encoder_dim, decoder_dim, attention_dim):
+        super().__init__()
+        self.encoder_att = nn.Linear(encoder_dim, attention_dim)
+        self.decoder_att = nn.Linear(decoder_dim, attention_dim)
+        self.full_att = nn.Linear(attention_dim, 1)
+
+    def forward(self, pixels, query):
+        """
+        Args:
+            pixels (Pixels): of B pictures.
+            query: decoder_att(h), (B, K, A).
+        Returns:
+            context z, (B, K, D), Eq. 13 before its gate; alpha (B, K, P), which sums to 1.
+        """
+        hidden = F.relu(pixels.keys.unsqueeze(1) + query.unsqueeze(2))  # (B, K, P, A)
+        energy = self.full_att(hidden).squeeze(3)  # Eq. 4: e = f_att(a, h)
+        alpha = F.softmax(energy, dim=2)  # Eq. 5
+        context = (alpha @ pixels.pool) @ pixels.grid  # (B, K, P) (P, G) (B, G, D): Eq. 13, sum of alpha times a
+        return context, alpha
+
+
+class Pixels(NamedTuple):
+    """What the decoder sees of B pictures; the annotation vectors of the paper are a = pool @ grid, (B, P, D)."""
+
+    grid: torch.Tensor  # (B, G, D)
+    pool: torch.Tensor  # (P, G), every row sums to 1
+    keys: torch.Tensor  # encoder_att(a), (B, P, A)
+
+    def of(self, pictures):
+        """The same for some of the pictures only (a mask or an index)."""
+        return Pixels(self.grid[pictures], self.pool, self.keys[pictures])
+
+
+def pool_matrix(height, width, size):
+    """Adaptive average pooling from height x width cells to size x size as a (size^2, height * width) matrix."""
+    rows = F.adaptive_avg_pool1d(torch.eye(height), size).T  # (size, height)
+    columns = F.adaptive_avg_pool1d(torch.eye(width), size).T
+    return torch.kron(rows, columns)
+
+
+class DecoderWithAttention(nn.Module):
+    """The LSTM that writes a word a step, looking at the picture before each (section 3.1.2).
+
+    Args:
+        attention_dim (int): A. embed_dim (int): E. decoder_dim (int): H. vocab_size (int): V. encoder_dim (int): D.
+        dropout (float): on h before fc. encoded_image_size (int): side of the square of P pixels.
+    """
+
+    def __init__(self, attention_dim, embed_dim, decoder_dim, vocab_size, encoder_dim=2048, dropout=0.5,
+                 encoded_image_size=14):
+        super().__init__()
+        self.embed_dim, self.encoded_image_size = embed_dim, encoded_image_size
+        self.attention = Attention(encoder_dim, decoder_dim, attention_dim)
+        self.embedding = nn.Embedding(vocab_size, embed_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.decode_step = nn.LSTMCell(embed_dim + encoder_dim, decoder_dim)
+        self.init_h = nn.Linear(encoder_dim, decoder_dim)
+        self.init_c = nn.Linear(encoder_dim, decoder_dim)
+        self.f_beta = nn.Linear(decoder_dim, encoder_dim)
+        self.fc = nn.Linear(decoder_dim, vocab_size)
+        self.embedding.weight.data.uniform_(-0.1, 0.1)
+        self.fc.weight.data.uniform_(-0.1, 0.1)
+        self.fc.bias.data.zero_()
+
+    def look(self, grid):
+        """Everything about the pictures that no step changes. Args: grid (B, h, w, D). Returns: Pixels."""
+        pool = pool_matrix(*grid.shape[1:3], self.encoded_image_size).to(grid)
+        grid = grid.flatten(1, 2)
+        attention = self.attention.encoder_att
+        # The rows of pool sum to 1, so the bias may be added after pooling.
+        return Pixels(grid, pool, pool @ F.linear(grid, attention.weight) + attention.bias)
+
+    def init_hidden_state(self, pixels):
+        """h_0 and c_0 from the mean annotation vector (section 3.1.2). Returns: two of (B, 1, H)."""
+        mean = pixels.pool.mean(dim=0, keepdim=True) @ pixels.grid  # (B, 1, D)
+        return self.init_h(mean), self.init_c(mean)
+
+    def word_input(self, words):
+        """The embedded words' part of the LSTM's four gates. Args: words (...) int. Returns: (..., 4H)."""
+        return F.linear(self.embedding(words), self.decode_step.weight_ih[:, :self.embed_dim],
+                        self.decode_step.bias_ih)
+
+    def state_weights(self):
+        """The three products with h as one matrix: Returns: weight (A + D + 4H, H), bias (A + D + 4H,)."""
+        parts = self.attention.decoder_att, self.f_beta
+        return (torch.cat([*(part.weight for part in parts), self.decode_step.weight_hh]),
+                torch.cat([*(part.bias for part in parts), self.decode_step.bias_hh]))
+
+    def step(self, pixels, state_weights, word_input, h, c):
+        """One time step of K captions of each of B pictures.
+
+        Args:
+            pixels (Pixels). state_weights: of this decoder. word_input: (B, K, 4H). h, c: (B, K, H).
+        Returns:
+            h, c: (B, K, H); alpha: (B, K, P).
+        """
+        a_dim, d_dim = self.attention.decoder_att.out_features, self.f_beta.out_features
+        query, beta, gates = F.linear(h, *state_weights).split([a_dim, d_dim, 4 * h.shape[2]], dim=2)
+        context, alpha = self.attention(pixels, query)
+        context = torch.sigmoid(beta) * context  # section 4.2.1: z = beta * sum of alpha a, beta = sigmoid(f_beta(h))
+        gates = gates + word_input + F.linear(context, self.decode_step.weight_ih[:, self.embed_dim:])
+        i, f, g, o = gates.chunk(4, dim=2)  # Eq. 1; PyTorch's order, in which g is the input modulator
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # Eq. 2
+        h = torch.sigmoid(o) * torch.tanh(c)  # Eq. 3
+        return h, c, alpha
+
+    def forward(self, grid, captions, caption_lengths):
+        """Teacher forcing: at every step the true word before goes in.
+
+        Args:
+            grid: (B, h, w, D), as the encoder gives it.
+            captions: int64 (B, K, T + 1), <start> first. caption_lengths: int64 (B, K); 0 where there is no caption.
+        Returns:
+            scores (N, V) and targets (N,) of the N real tokens, <end> among them; alphas (B, K, T, P), 0 after a
+            caption's end.
+        """
+        words, targets = captions[:, :, :-1], captions[:, :, 1:]
+        real = torch.arange(words.shape[2], device=words.device) < caption_lengths.unsqueeze(2) - 1  # (B, K, T)
+        pixels = self.look(grid)
+        h, c = (state.expand(-1, words.shape[1], -1) for state in self.init_hidden_state(pixels))
+        word_input, state_weights = self.word_input(words), self.state_weights()
+        states, alphas = [], []
+        for t in range(words.shape[2]):
+            h, c, alpha = self.step(pixels, state_weights, word_input[:, :, t], h, c)
+            states.append(h)
+            alphas.append(alpha)
+        scores = self.fc(self.dropout(torch.stack(states, dim=2)[real]))
+        return scores, targets[real], torch.stack(alphas, dim=2) * real.unsqueeze(3)
+
+
+def caption_loss(scores, targets, alphas, caption_lengths):
+    """Both terms of Eq. 14, as sums, so that the parts of a batch can be added up exactly.
+
+    Args:
+        scores, targets, alphas: as DecoderWithAttention.forward gives them. caption_lengths: (B, K).
+    Returns:
+        cross entropy, summed over the real tokens; (1 - sum over time of alpha)^2, averaged over the pixels (so that
+        its weight does not depend on their number) and summed over the real captions.
+    """
+    coverage = ((1 - alphas.sum(dim=2)) ** 2).mean(dim=2)  # (B, K)
+    return F.cross_entropy(scores, targets, reduction="sum"), (coverage * (caption_lengths > 0)).sum()
+
+
+class Captions(NamedTuple):
+    """What beam search found for B pictures."""
+
+    words: torch.Tensor  # int64 (B, T), from the first word on; <pad> after the end
+    scores: torch.Tensor  # (B,), sum of the words' log-probabilities
+    ended: torch.Tensor  # bool (B,): whether the caption reached <end>
+    alphas: torch.Tensor  # (B, T, P), the attention at each word
+
+
+@torch.no_grad()
+def beam_search(decoder, grid, beam_size, max_len, word_map):
+    """The most probable caption of each picture, by beam search over all pictures at once.
+
+    As in the original a beam that ends leaves the search, the others go on with one beam less, and the best that
+    ended wins by its plain sum of log-probabilities. Scores only fall, so a picture is finished as soon as no open
+    beam is better than its best ended one. Of equal scores the first counts: the lower beam, then the lower word.
+
+    Args:
+        decoder (DecoderWithAttention), in eval mode. grid: (B, h, w, D). beam_size (int): 1 is greedy.
+        max_len (int): words a caption, <end> not counted. word_map (dict): word -> id.
+    Returns:
+        Captions
+    """
+    B, K, V, T = len(grid), beam_size, len(word_map), max_len + 1
+    pixels, state_weights = decoder.look(grid), decoder.state_weights()
+    h, c = (state.expand(-1, K, -1) for state in decoder.init_hidden_state(pixels))
+    never = torch.tensor([word_map[PAD], word_map[START], word_map[UNK]], device=grid.device)
+    word = torch.full((B, K), word_map[START], device=grid.device)
+    score = grid.new_full((B, K), -torch.inf)
+    score[:, 0] = 0  # all beams begin alike, so one of them is enough
+    seats = torch.full((B,), K, device=grid.device)  # beams that have not ended
+    todo = torch.arange(B, device=grid.device)  # pictures not finished
+
+    words, parents = (torch.zeros(B, T, K, dtype=torch.long, device=grid.device) for _ in range(2))
+    alphas = grid.new_zeros(B, T, K, pixels.pool.shape[0])
+    # Of each picture: the best beam's score, whether it ended, at which step and as which of the K.
+    best = score.new_full((B,), -torch.inf)
+    ended = torch.zeros(B, dtype=torch.bool, device=grid.device)
+    last, beam = torch.zeros_like(todo), torch.zeros_like(todo)
+
+    for t in range(T):
+        h, c, alpha = decoder.step(pixels, state_weights, decoder.word_input(word), h, c)
+        log_p = F.log_softmax(decoder.fc(h), dim=2).index_fill_(2, never, -torch.inf)  # (b, K, V)
+        score, index = first_largest((score.unsqueeze(2) + log_p).flatten(1), K)  # (b, K)
+        parent, word = index // V, index % V
+        words[todo, t], parents[todo, t], alphas[todo, t] = word, parent, alpha
+
+        taken = torch.arange(K, device=grid.device) < seats.unsqueeze(1)
+        ends = taken & (word == word_map[END]) & score.isfinite()
+        seats = seats - ends.sum(dim=1)
+        top, which = score.masked_fill(~ends, -torch.inf).max(dim=1)
+        better = top > best[todo]
+        now = todo[better]
+        best[now], ended[now], last[now], beam[now] = top[better], True, t, which[better]
+
+        score = score.masked_fill(ends | ~taken, -torch.inf)
+        top, which = score.max(dim=1)
+        open_ = (top > best[todo]) & (seats > 0)
+        if t == T - 1:
+            now = todo[open_ & ~ended[todo]]
+            keep = open_ & ~ended[todo]
+            best[now], last[now], beam[now] = top[keep], t, which[keep]
+        elif not open_.all():
+            todo, pixels, seats = todo[open_], pixels.of(open_), seats[open_]
+            h, c, word, score, parent = h[open_], c[open_], word[open_], score[open_], parent[open_]
+        if not len(todo):
+            break
+        parent = parent.unsqueeze(2).expand_as(h)
+        h, c = h.gather(1, parent), c.gather(1, parent)
+
+    # Back from each winner's last word to its first. The attention of a word was worked out by its parent beam.
+    rows = torch.arange(B, device=grid.device)
+    out = torch.full((B, T), word_map[PAD], device=grid.device)
+    out_alphas = grid.new_zeros(B, T, pixels.pool.shape[0])
+    for t in reversed(range(T)):
+        on = t <= last
+        out[on, t] = words[rows[on], t, beam[on]]
+        beam = torch.where(on, parents[rows, t, beam], beam)
+        out_alphas[on, t] = alphas[rows[on], t, beam[on]]
+    return Captions(out, best, ended, out_alphas)
+
+
+def first_largest(values, k):
+    """The k largest of each row, largest first; of equal ones the first. torch.topk promises no order among equals.
+
+    Args:
+        values: (n, m), k <= m.
+    Returns:
+        values (n, k), indices (n, k).
+    """
+    top, index = values.topk(min(k + 1, values.shape[1]), dim=1)
+    if (top[:, 1:] == top[:, :-1]).any():
+        top, index = values.sort(dim=1, descending=True, stable=True)
+    return top[:, :k], index[:, :k]
+
+
+def build_models(config, vocab_size, encoder_weights=None):
+    """The two halves of the model.
+
+    Args:
+        config (Config). vocab_size (int): V.
+        encoder_weights (str): instead of the config's; "none" where a checkpoint brings them.
+    Returns:
+        Encoder, DecoderWithAttention
+    """
+    weights = encoder_weights or config.encoder_weights
+    encoder = Encoder(config.encoder, weights)
+    decoder = DecoderWithAttention(config.attention_dim, config.emb_dim, config.decoder_dim, vocab_size, encoder.dim,
+                                   config.dropout, config.encoded_image_size)
+    if config.fine_tune_encoder:
+        encoder.fine_tune("all" if config.encoder_weights == "none" else "top")
+    return encoder, decoder

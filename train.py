@@ -1,0 +1,321 @@
+"""Train a captioner; by default the full AI Challenger run: frozen ResNet-101, soft attention.
+
+    python train.py                                       # one GPU, or the CPU
+    torchrun --nproc_per_node=8 train.py                  # eight GPUs; batch_size counts the pictures of all of them
+    python train.py --resume                              # go on after the last whole epoch
+    python train.py --resume --fine_tune_encoder true     # then train the encoder too
+
+Writes models/checkpoint.pth.tar after every epoch and models/BEST_checkpoint.pth.tar after every best one, and
+logs/RUN/ with TensorBoard's events, log.jsonl (a line an epoch) and config.json (settings, command, versions).
+
+Departures from the original, and why:
+- Pictures come in batches with all their captions: one pass of the encoder instead of five.
+- The best checkpoint is chosen by the CIDEr of generated captions; the original's BLEU-4 is of captions that were
+  fed the true words, which says little about what the model writes on its own.
+- State dicts, not pickled modules: any version of the code can read them, and reading them runs none.
+"""
+import json
+import math
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torchvision
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from config import UserError, get_config, parse_args, run
+from datasets import CaptionDataset, load_word_map, make_loader, write_text
+from demo import draw_attention
+from eval import generate, score, tokenize_references
+from models import build_models, caption_loss
+from utils import (BEST_CHECKPOINT, CHECKPOINT, CHECKPOINT_VERSION, from_first_process, gather_lists, get_device,
+                   git_revision, init_distributed, load_checkpoint, load_state, save_checkpoint, sum_over_processes)
+
+PICTURES_SHOWN = 4  # validation pictures drawn in TensorBoard after every epoch
+
+
+def main():
+    args = parse_args(__doc__, {"resume": dict(action="store_true", help="go on from the last whole epoch")})
+    config = get_config(args.preset, args.flags)
+    path = Path(config.model_dir) / CHECKPOINT
+    checkpoint = None
+    if args.resume:
+        checkpoint = load_checkpoint(path)
+        config = get_config(flags=args.flags, trained=checkpoint["config"])
+    elif path.exists():
+        raise UserError(f"{path} exists: go on with --resume, or choose another --model_dir")
+
+    device = get_device(config)
+    rank, world_size = init_distributed(device)
+    word_map = load_word_map(config.data_dir)
+    if checkpoint and checkpoint["word_map"] != word_map:
+        raise UserError(f"{path} was trained with another word map than {config.data_dir}/WORDMAP.json")
+    train_set, valid_set = (CaptionDataset(config, split, word_map) for split in ("train", "valid"))
+    train_loader = make_loader(train_set, config, True, rank, world_size)
+    valid_loader = make_loader(valid_set, config, False, rank, world_size)
+    references = tokenize_references(valid_set) if rank == 0 else None
+
+    torch.manual_seed(config.seed)
+    encoder, decoder = build_models(config, len(word_map), encoder_weights="none" if checkpoint else None)
+    state = dict(epoch=0, step=0, best_score=-math.inf, epochs_since_improvement=0,
+                 run=from_first_process(time.strftime("%Y%m%d-%H%M%S")))
+    if checkpoint:
+        load_state(encoder, checkpoint["encoder"], path)
+        load_state(decoder, checkpoint["decoder"], path)
+        state = {name: checkpoint[name] for name in state}
+    encoder, decoder = encoder.to(device), decoder.to(device)
+    optimizers = make_optimizers(config, encoder, decoder)
+    if checkpoint:
+        resume_optimizers(optimizers, checkpoint, args.flags)
+    if world_size > 1 and device.type == "cuda":
+        encoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+    models = encoder, decoder  # what is saved and validated; the same weights as what is trained:
+    trained = (parallel(encoder, config.fine_tune_encoder, world_size), parallel(decoder, True, world_size))
+
+    folder = Path(config.log_dir) / state["run"]
+    writer = start_log(folder, config, state, checkpoint) if rank == 0 else None
+    if rank == 0:
+        print(f"{len(train_set)} training and {len(valid_set)} validation pictures, {len(word_map)} words; "
+              f"{config.encoder} ({config.encoder_weights}), {device} x {world_size}; rates: "
+              + ", ".join(f"{name} {rate:g}" for name, rate in rates(optimizers).items())
+              + ("" if config.fine_tune_encoder else ", encoder frozen") + f"; log: {folder}")
+
+    while state["epoch"] < config.epochs and state["epochs_since_improvement"] < config.early_stop_epochs:
+        if state["epochs_since_improvement"] and state["epochs_since_improvement"] % config.lr_decay_epochs == 0:
+            for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
+                group["lr"] *= config.lr_decay
+        # Seeded by the epoch, so that a resumed run draws what an uninterrupted one would have drawn.
+        torch.manual_seed((config.seed * 100_003 + state["epoch"]) * 1_009 + rank)
+        train_loader.sampler.epoch = state["epoch"]
+        training = train_one_epoch(*trained, optimizers, train_loader, config, state, writer)
+        validation, captions = validate(*models, valid_loader, config, word_map)
+        validation.update(from_first_process(
+            score([caption["words"] for caption in captions], references) if rank == 0 else None))
+
+        better = validation["CIDEr"] > state["best_score"]
+        state.update(epoch=state["epoch"] + 1, best_score=max(validation["CIDEr"], state["best_score"]),
+                     epochs_since_improvement=0 if better else state["epochs_since_improvement"] + 1)
+        if rank == 0:
+            log_epoch(folder, writer, state, training, validation, rates(optimizers), better)
+            log_pictures(writer, state, valid_set, captions)
+            saved = dict(version=CHECKPOINT_VERSION, config=vars(config).copy(), word_map=word_map, **state,
+                         encoder=encoder.state_dict(), decoder=decoder.state_dict(),
+                         optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+                         scores=validation, command=shlex.join(["python", *sys.argv]), git_revision=git_revision())
+            if better:
+                save_checkpoint(saved, path.with_name(BEST_CHECKPOINT))
+            save_checkpoint(saved, path)
+    if rank == 0:
+        reason = (f"no better score for {config.early_stop_epochs} epochs"
+                  if state["epoch"] < config.epochs else f"all {config.epochs} epochs done")
+        print(f"Finished ({reason}); best CIDEr on valid, greedy: {state['best_score']:.4f}, in "
+              f"{path.with_name(BEST_CHECKPOINT)}")
+        writer.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer):
+    """One pass over the training pictures, each with all its captions.
+
+    Losses are sums divided by the counts of the whole global batch, so they do not depend on how many processes share
+    it. Nothing waits for the device but the readings every `print_freq` steps.
+
+    Args:
+        encoder, decoder (nn.Module): wrapped for distributed training where there are several processes.
+        optimizers (dict). loader (DataLoader). config (Config).
+        state (dict): its `step` counts the updates. writer (SummaryWriter or None): of the first process.
+    Returns:
+        dict: cross_entropy (nats a token), coverage (mean of (1 - sum of alpha)^2), loss, top5 (share of tokens),
+        images_per_s (over all processes).
+    Raises:
+        UserError: the loss is no longer finite; names epoch, step and pictures.
+    """
+    encoder.train()
+    decoder.train()
+    device = next(decoder.parameters()).device
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    totals = torch.zeros(6, dtype=torch.float64, device=device)  # as in `sums` below, over the epoch
+    recent, unread, since = torch.zeros_like(totals), [], time.perf_counter()
+    started, steps = since, len(loader)
+    bar = tqdm(loader, desc=f"epoch {state['epoch'] + 1}", unit="batch", disable=writer is None)
+    for number, (images, captions, lengths, rows) in enumerate(bar, 1):
+        counts = torch.tensor([(lengths - 1).clamp(min=0).sum(), (lengths > 0).sum(), len(rows)])
+        images, captions, lengths, counts = (x.to(device, non_blocking=True)
+                                             for x in (images, captions, lengths, counts))
+        scores, targets, alphas = decoder(encoder(images), captions, lengths)
+        cross_entropy, coverage = caption_loss(scores, targets, alphas, lengths)
+        n_tokens, n_captions, n_images = sum_over_processes(counts.clone()).clamp(min=1)
+        # The gradients of all processes are averaged, where these parts of one loss want to be summed.
+        loss = world_size * (cross_entropy / n_tokens + config.alpha_c * coverage / n_captions)
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
+        loss.backward()
+
+        reading = number % config.print_freq == 0 or number == steps
+        if reading:
+            norm = torch.nn.utils.get_total_norm(p.grad for p in parameters(optimizers) if p.grad is not None)
+        torch.nn.utils.clip_grad_value_(parameters(optimizers), config.grad_clip)
+        for optimizer in optimizers.values():
+            optimizer.step()
+        state["step"] += 1
+
+        sums = torch.stack([cross_entropy.detach(), coverage.detach(), top5_hits(scores.detach(), targets), *counts])
+        recent += sums
+        unread.append((number, rows, loss.detach()))
+        if reading:
+            check_finite(unread, state, loader.dataset)
+            totals += sum_over_processes(recent)
+            now = time.perf_counter()
+            means = epoch_means(recent, config, now - since)
+            recent, unread, since = torch.zeros_like(recent), [], now
+            if writer:
+                bar.set_postfix({name: f"{means[name]:.3g}" for name in ("loss", "top5", "images_per_s")})
+                for name, value in {**means, "gradient_norm": norm.item(), **rates(optimizers)}.items():
+                    writer.add_scalar(f"train/{name}", value, state["step"])
+    return epoch_means(totals, config, time.perf_counter() - started)
+
+
+def epoch_means(sums, config, seconds):
+    """Sums of cross entropy, coverage, hits, tokens, captions, images -> dict of means; see train_one_epoch."""
+    cross_entropy, coverage, hits, tokens, captions, images = sums.tolist()
+    cross_entropy, coverage = cross_entropy / max(tokens, 1), coverage / max(captions, 1)
+    return dict(loss=cross_entropy + config.alpha_c * coverage, cross_entropy=cross_entropy, coverage=coverage,
+                top5=hits / max(tokens, 1), images_per_s=images / seconds)
+
+
+def top5_hits(scores, targets):
+    """How many targets are among the five best-scored words. Args: scores (N, V), targets (N,). Returns: 0-dim."""
+    return ((scores > scores.gather(1, targets[:, None])).sum(dim=1) < 5).sum()
+
+
+def check_finite(unread, state, dataset):
+    """Raise UserError for the first step whose loss is not finite. Args: unread: (step, rows, loss) of each step."""
+    for number, rows, loss in unread:
+        if not loss.isfinite():
+            names = ", ".join(dataset.image_ids[row] for row in rows.tolist())
+            raise UserError(f"the loss became {loss.item()} at epoch {state['epoch'] + 1}, step {number}, with the "
+                            f"pictures {names}; the last whole epoch is kept: --resume with lower rates, or look at "
+                            f"these pictures")
+
+
+@torch.no_grad()
+def validate(encoder, decoder, loader, config, word_map):
+    """Teacher-forced loss and top-5 accuracy, and greedy captions, of every validation picture once.
+
+    Args:
+        encoder (Encoder), decoder (DecoderWithAttention): not wrapped. loader (DataLoader). config (Config).
+        word_map (dict)
+    Returns:
+        dict: as of train_one_epoch.
+        list of dict: the captions of all processes (see eval.generate), by row; alphas for the first few only.
+    """
+    encoder.eval()
+    decoder.eval()
+    device = next(decoder.parameters()).device
+    totals, generated, started = torch.zeros(6, dtype=torch.float64, device=device), [], time.perf_counter()
+    for images, captions, lengths, rows in tqdm(loader, desc="validate", unit="batch", leave=False,
+                                                disable=dist.is_initialized() and dist.get_rank() > 0):
+        captions, lengths = captions.to(device), lengths.to(device)
+        grid = encoder(images.to(device))
+        scores, targets, alphas = decoder(grid, captions, lengths)
+        totals += torch.stack([*caption_loss(scores, targets, alphas, lengths), top5_hits(scores, targets),
+                               *(torch.tensor(n, device=device) for n in (len(targets), (lengths > 0).sum(), len(rows)))
+                               ])
+        for caption in generate(decoder, grid, rows, config, word_map, beam_size=1):
+            if caption["row"] >= PICTURES_SHOWN:
+                del caption["alphas"]
+            generated.append(caption)
+    means = epoch_means(sum_over_processes(totals), config, time.perf_counter() - started)
+    return means, sorted(gather_lists(generated), key=lambda caption: caption["row"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers
+
+
+def make_optimizers(config, encoder, decoder):
+    """Adam for the decoder and, when fine-tuning, for the encoder. Returns: dict name -> Adam."""
+    optimizers = {"decoder": torch.optim.Adam(decoder.parameters(), lr=config.decoder_lr)}
+    if config.fine_tune_encoder:
+        optimizers["encoder"] = torch.optim.Adam((p for p in encoder.parameters() if p.requires_grad),
+                                                 lr=config.encoder_lr)
+    return optimizers
+
+
+def resume_optimizers(optimizers, checkpoint, flags):
+    """Load what the checkpoint knows of each optimizer; a rate that the user names now takes its place."""
+    for name, optimizer in optimizers.items():
+        if name in checkpoint["optimizers"]:
+            optimizer.load_state_dict(checkpoint["optimizers"][name])
+        if f"{name}_lr" in flags:
+            for group in optimizer.param_groups:
+                group["lr"] = flags[f"{name}_lr"]
+
+
+def rates(optimizers):
+    """The rates in force. Returns: dict, decoder_lr and perhaps encoder_lr -> float."""
+    return {f"{name}_lr": optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
+
+
+def parameters(optimizers):
+    return [p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]]
+
+
+def parallel(module, is_trained, world_size):
+    """Wrap a module so that its gradients are averaged over the processes, where that is needed."""
+    return DistributedDataParallel(module) if is_trained and world_size > 1 else module
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log
+
+
+def start_log(folder, config, state, checkpoint):
+    """Open or go on with a run's folder; what was logged after the checkpoint is dropped. Returns: SummaryWriter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.jsonl"
+    if checkpoint and log.exists():
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(log, "".join(line for line in lines if json.loads(line)["epoch"] <= state["epoch"]))
+    else:
+        versions = dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__)
+        write_text(folder / "config.json", json.dumps(dict(
+            config=vars(config), command=shlex.join(["python", *sys.argv]), git_revision=git_revision(),
+            versions=versions), indent=1))
+    return SummaryWriter(folder, purge_step=state["step"] + 1 if checkpoint else None)
+
+
+def log_epoch(folder, writer, state, training, validation, rates, better):
+    """One line in log.jsonl, one on the screen, and the epoch's scalars."""
+    entry = dict(epoch=state["epoch"], step=state["step"], train=training, valid=validation, rates=rates, best=better,
+                 epochs_since_improvement=state["epochs_since_improvement"])
+    with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+    for name, value in validation.items():
+        writer.add_scalar(f"valid/{name}", value, state["step"])
+    for name, value in training.items():
+        writer.add_scalar(f"epoch/{name}", value, state["step"])
+    print(f"epoch {state['epoch']}: train loss {training['loss']:.3f}, top-5 {training['top5']:.1%}, "
+          f"{training['images_per_s']:.1f} images/s; valid loss {validation['loss']:.3f}, top-5 "
+          f"{validation['top5']:.1%} (teacher-forced), BLEU-4 {validation['BLEU-4']:.4f}, CIDEr "
+          f"{validation['CIDEr']:.4f} (generated, greedy){'  best' if better else ''}", flush=True)
+
+
+def log_pictures(writer, state, dataset, captions):
+    """A few validation pictures with the caption and its attention, in TensorBoard."""
+    for caption in captions[:PICTURES_SHOWN]:
+        picture = Image.fromarray(dataset.images[caption["row"]])
+        writer.add_figure(f"attention/{caption['row']}", draw_attention(picture, caption["words"], caption["alphas"]),
+                          state["step"])
+    writer.flush()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,187 @@
+"""Checkpoints, distributed processes, and which code this is."""
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from config import UserError, get_config
+from datasets import check_word_map
+from models import build_models
+
+CHECKPOINT_VERSION = 1
+CHECKPOINT, BEST_CHECKPOINT = "checkpoint.pth.tar", "BEST_checkpoint.pth.tar"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(checkpoint, path):
+    """Write a checkpoint whole or not at all: temporary name, flush, fsync, rename, fsync of the folder.
+
+    Args:
+        checkpoint (dict): tensors and plain containers only. path (Path).
+    Raises:
+        UserError: the disk is full or not writable; what was at `path` is untouched.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({error}); the checkpoint before it is untouched: free some "
+                        f"disk space and go on with --resume") from None
+
+
+def load_checkpoint(path):
+    """The one way to read a checkpoint: tensors and plain containers only, whose parts agree with each other.
+
+    Args:
+        path (str or Path)
+    Returns:
+        dict: encoder, decoder (state dicts), config (dict), word_map (dict), epoch (int), ...: see train.py.
+    Raises:
+        UserError: missing, damaged, of another kind or version, or its word map and weights disagree.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: train a model with train.py, or name one with --checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever a broken file leads it to
+        raise UserError(f"{path} is not a checkpoint of this repo, or is damaged "
+                        f"({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+    parts = dict(version=int, config=dict, word_map=dict, encoder=dict, decoder=dict, epoch=int)
+    if not isinstance(checkpoint, dict) or any(type(checkpoint.get(name)) is not kind and not isinstance(
+            checkpoint.get(name), kind) for name, kind in parts.items()):
+        raise UserError(f"{path} is not a checkpoint of this repo: it lacks one of {', '.join(parts)}")
+    if checkpoint["version"] != CHECKPOINT_VERSION:
+        raise UserError(f"{path} has version {checkpoint['version']}; this code reads {CHECKPOINT_VERSION}")
+    check_word_map(checkpoint["word_map"], path)
+    rows = getattr(checkpoint["decoder"].get("embedding.weight"), "shape", [None])[0]
+    if rows != len(checkpoint["word_map"]):
+        raise UserError(f"{path} contradicts itself: {len(checkpoint['word_map'])} words in its word map, {rows} in "
+                        f"its decoder")
+    return checkpoint
+
+
+def load_models(checkpoint, config, device, source):
+    """The trained encoder and decoder of a checkpoint, in eval mode.
+
+    Args:
+        checkpoint (dict): of load_checkpoint. config (Config). device (torch.device). source: its path, for messages.
+    Returns:
+        Encoder, DecoderWithAttention
+    Raises:
+        UserError: the weights do not fit the architecture.
+    """
+    encoder, decoder = build_models(config, len(checkpoint["word_map"]), encoder_weights="none")
+    load_state(encoder, checkpoint["encoder"], source)
+    load_state(decoder, checkpoint["decoder"], source)
+    return encoder.to(device).eval(), decoder.to(device).eval()
+
+
+def load_state(module, state, source):
+    """module.load_state_dict(state), strictly; what does not fit is a UserError that names `source`."""
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the weights in {source} are of another architecture than its settings say: {reason[:300]}"
+                        ) from None
+
+
+def open_checkpoint(args):
+    """What eval.py and demo.py begin with: the checkpoint, its settings under the user's flags, and its models.
+
+    Args:
+        args (Namespace): of parse_args; `checkpoint` is a path, or None for the preset's best one.
+    Returns:
+        dict, Config, torch.device, Encoder, DecoderWithAttention
+    """
+    path = args.checkpoint or Path(get_config(args.preset, args.flags).model_dir) / BEST_CHECKPOINT
+    checkpoint = load_checkpoint(path)
+    config = get_config(flags=args.flags, trained=checkpoint["config"])
+    device = get_device(config)
+    print(f"{path}: epoch {checkpoint['epoch']}, {config.encoder}, {len(checkpoint['word_map'])} words, trained by "
+          f"`{checkpoint.get('command', 'unknown')}`")
+    return checkpoint, config, device, *load_models(checkpoint, config, device, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def get_device(config):
+    """The device of this process: the config's, or with "auto" this process's GPU where there is one.
+
+    Raises:
+        UserError: a device that this machine lacks.
+    """
+    name = config.device
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def init_distributed(device):
+    """Join the other processes where torchrun started this one. Returns: rank (int), world_size (int)."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def sum_over_processes(tensor):
+    """The sum of a tensor over all processes, in place. Returns: the tensor."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def from_first_process(value):
+    """The first process's `value`, in every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gather_lists(items):
+    """The lists of all processes, joined in the order of their ranks. Returns: list."""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+def git_revision():
+    """The commit of this code, with "+" where it was changed since; "unknown" outside a checkout. Returns: str."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
