@@ -1,0 +1,589 @@
+"""
+Draws the sample set: picture-book scenes with five true Chinese sentences each, laid out exactly as AI Challenger
+2017's captions are, so that the whole pipeline runs on a CPU before anything is downloaded.
+
+    $ python data/sample.py                                                   # half a minute on two cores
+    $ python data/sample.py --train 64 --valid 8 --test 8 --out /tmp/sample   # a handful, in a second
+    $ unzip -l data/sample/ai_challenger_caption_train_20170902.zip | tail -1 # 2001 files
+
+The first one writes three zips (46 MB in all) and scenes.json into data/sample:
+train 2,000 pictures and 10,000 sentences; valid 200 and 1,000; test_a 200 and 1,000.
+
+scenes.json says what was drawn where, so is_true() can tell whether a generated sentence is true of its picture, and
+attention_peak_hits() whether the model looked at what it named.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from itertools import combinations, permutations
+from math import cos, pi, sin
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from tqdm import tqdm
+
+SPLITS = {"train": ("train", "20170902"), "valid": ("validation", "20170910"), "test_a": ("test_a", "20180103")}
+ZOOM = 2  # drawn this much too large and then shrunk: Pillow's own edges are jagged
+INK, CREAM, STEM, WHITE = (52, 42, 56), (255, 250, 236), (84, 160, 72), (255, 255, 255)
+COLOURS = {
+    "红色": (218, 38, 44),
+    "黄色": (253, 212, 36),
+    "蓝色": (38, 92, 214),
+    "绿色": (34, 150, 70),
+    "紫色": (140, 58, 178),
+    "橙色": (248, 128, 22),
+    "白色": (250, 250, 248),
+    "黑色": (38, 38, 44),
+}
+
+
+def mix(a, b, t):
+    return tuple(round(x + (y - x) * t) for x, y in zip(a, b))
+
+
+def pick(rng, items):
+    return items[rng.integers(len(items))]
+
+
+class Pen:
+    """Draws on an image in unit coordinates (x right, y down), `pad` pixels inside its border."""
+
+    def __init__(self, image, stroke, pad=0):
+        self.image, self.stroke, self.pad, self.draw = image, stroke, pad, ImageDraw.Draw(image, "RGBA")
+        self.w, self.h = image.width - 2 * pad, image.height - 2 * pad
+
+    def at(self, points):
+        return [(x * self.w + self.pad, y * self.h + self.pad) for x, y in points]
+
+    def poly(self, points, fill, ink=None, rounds=0):
+        for _ in range(rounds):  # Chaikin's corner cutting: a few corners become a soft outline
+            p, q = np.array(points), np.roll(points, -1, axis=0)
+            points = np.stack([0.75 * p + 0.25 * q, 0.25 * p + 0.75 * q], 1).reshape(-1, 2).tolist()
+        self.draw.polygon(self.at(points), fill)
+        if ink:
+            self.line([*points, *points[:2]], ink)
+
+    def rect(self, x0, y0, x1, y1, fill, ink=None):
+        self.poly([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill, ink)
+
+    def oval(self, x, y, rx, ry, fill, ink=None):
+        self.draw.ellipse(self.at([(x - rx, y - ry), (x + rx, y + ry)]), fill, ink, self.stroke if ink else 0)
+
+    def line(self, points, fill, width=1.0):
+        self.draw.line(self.at(points), fill, max(1, round(self.stroke * width)), joint="curve")
+
+    def wash(self, points, top, bottom):
+        """Fills the polygon with a vertical gradient over the polygon's own height."""
+        y0, y1 = (edge(y for _, y in points) * self.h for edge in (min, max))
+        t = np.clip((np.arange(self.h) - y0) / (y1 - y0), 0, 1)[:, None, None]
+        column = Image.fromarray((np.array(top) * (1 - t) + np.array(bottom) * t).astype(np.uint8))
+        mask = Image.new("L", self.image.size)
+        ImageDraw.Draw(mask).polygon(self.at(points), 255)
+        self.image.paste(column.resize(self.image.size), (0, 0), mask)
+
+
+# ---- things: each fills the unit square with its colour, the dark and the light shade of it, outlined in ink ---------
+def house(pen, colour, dark, light, ink):
+    pen.rect(0.70, 0.08, 0.82, 0.40, dark, ink)
+    pen.rect(0.11, 0.42, 0.89, 1, colour, ink)
+    pen.poly([(0, 0.47), (0.5, 0), (1, 0.47)], dark, ink)
+    for y in (0.17, 0.27, 0.37):
+        pen.line([(0.5 - y, y + 0.02), (0.5 + y, y + 0.02)], mix(dark, ink, 0.3), 0.6)
+    pen.poly([(0.41, 1), (0.41, 0.72), (0.5, 0.64), (0.59, 0.72), (0.59, 1)], (150, 100, 62), ink)
+    for x in (0.26, 0.74):
+        pen.rect(x - 0.08, 0.58, x + 0.08, 0.76, (255, 240, 170), ink)
+        pen.line([(x, 0.58), (x, 0.76)], ink, 0.7)
+        pen.line([(x - 0.08, 0.67), (x + 0.08, 0.67)], ink, 0.7)
+
+
+def car(pen, colour, dark, light, ink):
+    pen.poly([(0.12, 0.55), (0.24, 0), (0.74, 0), (0.88, 0.55)], colour, ink, 3)
+    pen.poly([(0.28, 0.42), (0.34, 0.12), (0.48, 0.10), (0.48, 0.42)], (206, 234, 246), ink)
+    pen.poly([(0.53, 0.42), (0.53, 0.10), (0.66, 0.12), (0.74, 0.42)], (206, 234, 246), ink)
+    pen.poly([(0, 0.42), (0.5, 0.38), (0.95, 0.42), (1.01, 0.60), (1, 0.86), (0, 0.86)], colour, ink, 2)
+    pen.rect(0.06, 0.70, 0.94, 0.77, dark)
+    pen.line([(0.55, 0.53), (0.62, 0.53)], ink)
+    pen.oval(0.94, 0.58, 0.035, 0.06, (255, 240, 150), ink)
+    for x in (0.24, 0.76):
+        pen.oval(x, 0.80, 0.125, 0.20, (58, 56, 64), ink)
+        pen.oval(x, 0.80, 0.06, 0.095, (214, 214, 220), ink)
+
+
+def balloon(pen, colour, dark, light, ink):
+    pen.line([(0.5 + 0.07 * sin(9 * t), 0.76 + 0.24 * t) for t in np.linspace(0, 1, 20)], ink)
+    pen.poly([(0.5, 0.73), (0.42, 0.81), (0.58, 0.81)], dark, ink)
+    turn = np.linspace(0, 2 * pi, 40)
+    skin = [(0.5 + 0.5 * cos(t) * (1 - 0.2 * max(0, sin(t))), 0.385 + 0.385 * sin(t)) for t in turn]
+    pen.poly(skin, colour, ink)
+    pen.poly([(0.95, 0.2), (0.86, 0.52), (0.55, 0.74), (0.74, 0.5)], dark, None, 3)
+    pen.poly([(0.14, 0.20), (0.40, 0.05), (0.28, 0.20), (0.16, 0.42)], light, None, 3)
+
+
+def fish(pen, colour, dark, light, ink):
+    pen.poly([(0.30, 0.30), (0.45, 0), (0.72, 0.02), (0.70, 0.3)], dark, ink, 2)
+    pen.poly([(0.40, 0.75), (0.42, 1), (0.58, 1), (0.62, 0.72)], dark, ink, 2)
+    pen.poly([(0.34, 0.5), (0.05, 0.05), (-0.02, 0.25), (0.07, 0.5), (-0.02, 0.78), (0.05, 0.97)], dark, ink, 2)
+    pen.poly([(0.16, 0.5), (0.38, 0.12), (0.82, 0.06), (1.08, 0.5), (0.82, 0.92), (0.38, 0.88)], colour, ink, 3)
+    pen.poly([(0.36, 0.76), (0.60, 0.70), (0.86, 0.72), (0.66, 0.86)], light, None, 3)
+    for x in (0.38, 0.50, 0.62):
+        pen.line([(x + 0.05 * cos(t), 0.46 + 0.16 * sin(t)) for t in np.linspace(-1.4, 1.4, 9)], dark, 1.3)
+    pen.oval(0.82, 0.40, 0.06, 0.09, CREAM, ink)
+    pen.oval(0.835, 0.40, 0.028, 0.045, INK)
+    pen.line([(0.98, 0.58), (0.90, 0.63), (0.86, 0.61)], ink)
+
+
+def pine(pen, colour, dark, light, ink):
+    pen.rect(0.43, 0.85, 0.57, 1, (128, 84, 52), ink)
+    for top, low, half in ((0.42, 0.90, 0.5), (0.20, 0.64, 0.40), (0, 0.38, 0.28)):
+        hem = [(0.5 + half * u, low - 0.045 * (i % 2)) for i, u in enumerate(np.linspace(1, -1, 9))]
+        pen.poly([(0.5, top), *hem], colour, ink)
+        pen.poly([(0.5, top + 0.08), (0.5 + half * 0.72, low - 0.06), (0.5 + half * 0.25, low - 0.07)], dark)
+
+
+def flower(pen, colour, dark, light, ink):
+    pen.line([(0.5, 0.45), (0.52, 0.75), (0.49, 1)], INK, 3.4)
+    pen.line([(0.5, 0.45), (0.52, 0.75), (0.49, 1)], STEM, 1.8)
+    for side in (-1, 1):
+        leaf = [(0, 0.94), (0.16, 0.72), (0.40, 0.72), (0.2, 0.92)]
+        pen.poly([(0.5 + side * x, y) for x, y in leaf], STEM, INK, 2)
+    round_ = pen.w / pen.h  # petals are round in pixels, not in units
+    for ring, fill, turn in ((0.31, dark, pi / 6), (0.27, colour, 0)):
+        for a in np.arange(6) * pi / 3 + turn:
+            pen.oval(0.5 + ring * cos(a), (0.5 + ring * sin(a)) * round_, 0.19, 0.19 * round_, fill, ink)
+    pen.oval(0.5, 0.5 * round_, 0.15, 0.15 * round_, (166, 104, 48), ink)
+    pen.oval(0.46, 0.46 * round_, 0.05, 0.05 * round_, (206, 150, 84))
+
+
+def boat(pen, colour, dark, light, ink):
+    pen.line([(0.47, 0), (0.47, 0.78)], ink, 1.5)
+    pen.poly([(0.50, 0.03), (0.78, 0.34), (0.97, 0.70), (0.50, 0.70)], colour, ink)
+    pen.poly([(0.44, 0.10), (0.22, 0.42), (0.05, 0.70), (0.44, 0.70)], light, ink)
+    pen.poly([(0, 0.76), (1, 0.76), (0.86, 1), (0.15, 1)], dark, ink)
+    pen.line([(0.05, 0.82), (0.95, 0.82)], CREAM)
+
+
+def kite(pen, colour, dark, light, ink):
+    tail = [(0.5 + 0.10 * sin(7 * t), 0.70 + 0.30 * t) for t in np.linspace(0, 1, 20)]
+    pen.line(tail, ink)
+    for x, y in tail[7::6]:
+        for side in (-0.13, 0.13):
+            pen.poly([(x, y), (x + side, y - 0.045), (x + side, y + 0.045)], colour, ink)
+    top, left, low, right, cross = (0.5, 0), (0, 0.28), (0.5, 0.74), (1, 0.28), (0.5, 0.28)
+    for a, b, fill in ((top, left, colour), (top, right, dark), (low, left, dark), (low, right, colour)):
+        pen.poly([a, b, cross], fill)
+    pen.poly([top, left, low, right], None, ink)
+    pen.line([top, low], ink, 0.7)
+    pen.line([left, right], ink, 0.7)
+
+
+# ---- backgrounds: painted far to near --------------------------------------------------------------------------------
+def land(pen, rng, height, swell, top, bottom):
+    x, (a, b, c) = np.linspace(0, 1, 40), rng.uniform(0, 2 * pi, 3)
+    y = height + swell * (np.sin(4 * x + a) + 0.5 * np.sin(9 * x + b) + 0.2 * np.sin(17 * x + c))
+    pen.wash([*zip(x, y), (1, 1), (0, 1)], top, bottom)
+
+
+def disc(pen, rng, fill):
+    x, y, r = pick(rng, (0.13, 0.87)) + rng.uniform(-0.04, 0.04), rng.uniform(0.1, 0.17), rng.uniform(0.055, 0.08)
+    for glow in np.arange(5, 0, -1) * r / 4:
+        pen.oval(x, y, r + glow, r + glow, (*mix(fill, WHITE, 0.3), 30))
+    pen.oval(x, y, r, r, fill)
+    face = mix(fill, (150, 80, 30), 0.6)
+    for side in (-r, r):
+        pen.oval(x + side * 0.35, y - r * 0.15, r * 0.1, r * 0.14, face)
+        pen.oval(x + side * 0.6, y + r * 0.22, r * 0.16, r * 0.1, (250, 150, 110, 120))
+    pen.line([(x + r * 0.4 * cos(t), y + r * (0.1 + 0.4 * sin(t))) for t in np.linspace(0.3, 2.84, 9)], face)
+
+
+def clouds(pen, rng, fill, strength):
+    mask = Image.new("L", pen.image.size)  # one mask, so that puffs of a thin cloud do not show through one another
+    puffs = ImageDraw.Draw(mask)
+    for x, y, s in rng.uniform((0, 0.06, 0.6), (1, 0.32, 1.3), (rng.integers(2, 5), 3)):
+        puffs.ellipse(pen.at([(x - 0.14 * s, y - 0.025 * s), (x + 0.14 * s, y + 0.025 * s)]), strength)
+        for k, r in enumerate(s * rng.uniform((0.025, 0.04, 0.035, 0.025), (0.035, 0.06, 0.055, 0.04))):
+            u = x + (k - 1.5) * 0.05 * s
+            puffs.ellipse(pen.at([(u - 0.045 * s, y - 1.5 * r), (u + 0.045 * s, y + 0.5 * r)]), strength)
+    pen.image.paste(fill, (0, 0), mask)
+
+
+def mountains(pen, rng):
+    for x, y, w in rng.uniform((0, 0.28, 0.22), (1, 0.4, 0.34), (3, 3)):
+        pen.poly([(x - w, 0.62), (x, y), (x + w, 0.62)], (164, 184, 212))
+        pen.poly([(x, y), (x + w * 0.3, y + 0.1), (x + 0.02, y + 0.07), (x - w * 0.28, y + 0.1)], (244, 248, 254))
+
+
+def scatter(pen, rng, n, y0, y1, small, large, fill, shape=None):
+    """Strews n dots, or strokes of a shape."""
+    for x, y, s in rng.uniform((0, y0, small), (1, y1, large), (n, 3)):
+        if shape:
+            pen.line([(x + s * u, y + s * v) for u, v in shape], fill, 0.8)
+        else:
+            pen.oval(x, y, s, s, fill)
+
+
+BIRD = [(-1, -0.5), (-0.5, -1), (0, 0), (0.5, -1), (1, -0.5)]
+GRASS = [(-0.5, -1), (0, 0), (0, -1), (0, 0), (0.5, -1)]
+WAVE = [(t, -0.5 * abs(sin(1.5 * t))) for t in np.linspace(-3, 3, 19)]
+TWINKLE = [(-1, 0), (1, 0), (0, 0), (0, -1), (0, 1)]
+STARFISH = [(cos(a) * r, sin(a) * r) for k in range(5) for a, r in ((1.26 * k, 1), (0, 0))]
+
+
+# ---- what there is to see --------------------------------------------------------------------------------------------
+class Background(NamedTuple):
+    on: str
+    noun: str
+    kinds: tuple
+    hidden: tuple  # colours too close to the background's own
+    layers: tuple  # function, *arguments
+
+
+class Kind(NamedTuple):
+    classifier: str
+    draw: Callable
+    aspect: float  # width / height
+    zone: str
+
+
+ZONES = {  # where a thing's upper edge (sky) or lower edge may be, and how far it leans, in degrees
+    "sky": (0.02, 0.20, 12),
+    "ground": (0.80, 0.97, 0),
+    "float": (0.61, 0.68, 4),
+    "swim": (0.82, 0.97, 14),
+}
+KINDS = {
+    "房子": Kind("座", house, 1.0, "ground"),
+    "汽车": Kind("辆", car, 1.5, "ground"),
+    "松树": Kind("棵", pine, 0.75, "ground"),
+    "鲜花": Kind("朵", flower, 0.68, "ground"),
+    "气球": Kind("个", balloon, 0.68, "sky"),
+    "风筝": Kind("只", kite, 0.75, "sky"),
+    "帆船": Kind("艘", boat, 0.95, "float"),
+    "小鱼": Kind("条", fish, 1.35, "swim"),
+}
+BACKGROUNDS = {
+    "meadow": Background(
+        *("草地上", "草地", ("房子", "汽车", "气球", "松树", "鲜花", "风筝"), ()),
+        layers=(
+            (land, 0, 0, (134, 200, 244), (250, 250, 240)),
+            (disc, (255, 226, 110)),
+            (clouds, WHITE, 225),
+            (scatter, 3, 0.06, 0.35, 0.012, 0.022, INK, BIRD),
+            (land, 0.52, 0.035, (172, 212, 186), (140, 194, 150)),
+            (land, 0.59, 0.025, (178, 216, 130), (150, 200, 110)),
+            (land, 0.67, 0.015, (200, 230, 132), (140, 196, 96)),
+            (scatter, 45, 0.70, 1, 0.015, 0.025, (104, 166, 76, 170), GRASS),
+        ),
+    ),
+    "sea": Background(
+        *("海面上", "大海", ("帆船", "小鱼", "气球", "风筝"), ("蓝色",)),
+        layers=(
+            (land, 0, 0, (150, 212, 246), (255, 240, 190)),
+            (disc, (255, 214, 104)),
+            (clouds, WHITE, 215),
+            (scatter, 4, 0.06, 0.35, 0.012, 0.022, INK, BIRD),
+            (land, 0.44, 0.002, (150, 212, 224), (110, 190, 212)),
+            (land, 0.55, 0.007, (120, 196, 218), (80, 164, 204)),
+            (land, 0.69, 0.011, (104, 184, 210), (60, 144, 194)),
+            (land, 0.84, 0.015, (92, 172, 206), (54, 132, 188)),
+            (scatter, 20, 0.46, 0.68, 0.008, 0.016, (*WHITE, 110), WAVE),
+            (scatter, 24, 0.68, 1, 0.016, 0.028, (*WHITE, 140), WAVE),
+        ),
+    ),
+    "beach": Background(
+        *("沙滩上", "沙滩", ("帆船", "汽车", "房子", "松树", "鲜花", "气球", "风筝"), ()),
+        layers=(
+            (land, 0, 0, (126, 206, 244), (255, 252, 236)),
+            (disc, (255, 222, 100)),
+            (clouds, WHITE, 225),
+            (scatter, 3, 0.06, 0.35, 0.012, 0.022, INK, BIRD),
+            (land, 0.45, 0.001, (80, 176, 214), (220, 255, 236)),
+            (scatter, 24, 0.47, 0.70, 0.008, 0.018, (*WHITE, 140), WAVE),
+            (land, 0.720, 0.004, (255, 255, 250), (250, 240, 210)),
+            (land, 0.735, 0.005, (246, 226, 178), (228, 196, 138)),
+            (scatter, 60, 0.76, 1, 0.002, 0.004, (190, 150, 100, 150)),
+            (scatter, 3, 0.79, 0.97, 0.014, 0.020, (224, 120, 100), STARFISH),
+        ),
+    ),
+    "snow": Background(
+        *("雪地上", "雪地", ("房子", "汽车", "松树", "气球", "风筝"), ("白色",)),
+        layers=(
+            (land, 0, 0, (150, 184, 220), (250, 246, 248)),
+            (disc, (250, 232, 170)),
+            (clouds, (240, 245, 252), 190),
+            (mountains,),
+            (land, 0.58, 0.025, (222, 232, 246), (206, 220, 240)),
+            (land, 0.66, 0.015, (248, 251, 255), (214, 226, 244)),
+            (scatter, 110, 0, 1, 0.002, 0.007, (*WHITE, 220)),
+        ),
+    ),
+    "night": Background(
+        *("夜空下", "夜晚", ("房子", "汽车", "松树", "鲜花", "气球"), ("黑色", "蓝色")),
+        layers=(
+            (land, 0, 0, (22, 26, 74), (120, 100, 176)),
+            (scatter, 70, 0, 0.6, 0.001, 0.004, (255, 250, 214, 210)),
+            (scatter, 9, 0, 0.5, 0.010, 0.020, (255, 250, 214), TWINKLE),
+            (disc, (255, 244, 196)),
+            (clouds, (150, 146, 200), 90),
+            (land, 0.55, 0.030, (62, 68, 124), (52, 62, 110)),
+            (land, 0.64, 0.015, (76, 104, 130), (46, 66, 98)),
+            (scatter, 14, 0.5, 0.95, 0.003, 0.005, (240, 250, 140)),
+        ),
+    ),
+}
+
+
+# ---- sentences -------------------------------------------------------------------------------------------------------
+# Sentences are written and judged from this one table. A capital is 一辆红色的汽车, its small letter 红色的汽车, P and
+# N the place. The letters beside a template are what it claims, from left to right. One that claims nothing still names
+# its things from left to right when it is written, so that a captioner has an order to learn; is_true() takes any.
+TEMPLATES = (
+    ("{P}有{A}和{B}", ""),
+    ("{P}有{A}、{B}和{C}", ""),
+    ("这是一幅{N}的画，画里有{A}和{B}", ""),
+    ("这是一幅{N}的画，画里有{A}、{B}和{C}", ""),
+    ("画里有{A}和{B}，背景是{N}", ""),
+    ("画里有{A}、{B}和{C}，背景是{N}", ""),
+    ("{P}有{A}，它的右边是{B}", "AB"),
+    ("左边是{A}，右边是{B}", "AB"),
+    ("{a}在{b}的左边", "AB"),
+    ("{a}在{b}的右边", "BA"),
+    ("{b}的左边有{A}", "AB"),
+    ("{b}的右边有{A}", "BA"),
+)
+
+
+def _sentences(scene):
+    """Every true sentence there is, as (template, places of the things named counted from the left, sentence)."""
+    place = BACKGROUNDS[scene["background"]]
+    things = sorted(scene["things"], key=lambda thing: thing["box"][0] + thing["box"][2])
+    for template in TEMPLATES:
+        text, claim = template
+        slots = claim or sorted(set("ABC") & set(text))
+        for named in permutations(range(len(things)), len(slots)):
+            if not claim or named == tuple(sorted(named)):
+                words = {"P": place.on, "N": place.noun}
+                for slot, thing in zip(slots, (things[i] for i in named)):
+                    words[slot.lower()] = f"{thing['colour']}的{thing['thing']}"
+                    words[slot] = f"一{KINDS[thing['thing']].classifier}{words[slot.lower()]}"
+                yield template, named, text.format(**words)
+
+
+def write_captions(scene, rng):
+    """Five true sentences of different build: two or more name everything and the place, two or more tell sides."""
+    options = {}
+    for template, named, sentence in _sentences(scene):
+        if named == tuple(sorted(named)):
+            options.setdefault((template, len(named)), []).append(sentence)
+    whole = [key for key in options if not key[0][1] and key[1] == len(scene["things"])]
+    sides = [key for key in options if key[0][1]]
+    chosen = [keys[i] for keys in (whole, sides) for i in rng.permutation(len(keys))[:2]]
+    chosen.append(pick(rng, [key for key in options if key not in chosen]))
+    return [pick(rng, options[chosen[i]]) for i in rng.permutation(5)]
+
+
+def is_true(caption, scene):
+    """Whether `caption`, spaces and a final 。 aside, is a sentence of TEMPLATES and all it claims holds in `scene`."""
+    caption = re.sub(r"\s", "", caption).removesuffix("。")
+    return any(caption == sentence for _, _, sentence in _sentences(scene))
+
+
+def named_things(words, scene):
+    """[(position in `words`, box)] for each word that names a thing of `scene`; boxes (x0, y0, x1, y1) in fractions."""
+    boxes = {thing["thing"]: thing["box"] for thing in scene["things"]}
+    return [(i, boxes[word]) for i, word in enumerate(words) if word in boxes]
+
+
+def attention_peak_hits(words, alphas, scene):
+    """
+    Whether attention peaked on what was named. alphas: (len(words), rows, columns), the map of each word.
+
+    Returns (hits, total, chance): of `total` words naming a thing of the scene, `hits` had the centre of their
+    strongest cell inside its box, and cells picked at random would have had `chance` hits (a float).
+    Raises ValueError if alphas is not one map a word.
+    """
+    alphas = np.asarray(alphas)
+    if alphas.ndim != 3 or len(alphas) != len(words):
+        raise ValueError(f"alphas of shape {alphas.shape} for {len(words)} words")
+    rows, columns = alphas.shape[1:]
+    y, x = (np.arange(rows)[:, None] + 0.5) / rows, (np.arange(columns) + 0.5) / columns
+    hits, chance, named = 0, 0.0, named_things(words, scene)
+    for i, (x0, y0, x1, y1) in named:
+        inside = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
+        hits += int(inside.flat[alphas[i].argmax()])
+        chance += float(inside.mean())
+    return hits, len(named), chance
+
+
+# ---- scenes ----------------------------------------------------------------------------------------------------------
+def _cut_out(rng, kind, colour, side, largest):
+    """The thing on transparent paper, cropped to its own pixels: this image's border is the thing's box."""
+    height = side * rng.uniform(max(0.24, 0.24 / kind.aspect), min(largest, largest / kind.aspect))
+    stroke, tone, tilt = max(2, side // 160), COLOURS[colour], ZONES[kind.zone][2]
+    image = Image.new("RGBA", (round(height * kind.aspect) + 2 * stroke, round(height) + 2 * stroke))
+    black = colour == "黑色"
+    dark = mix(tone, (110, 110, 130), 0.22) if colour in ("白色", "黑色") else mix(tone, INK, 0.2)
+    light, ink = mix(tone, WHITE, 0.14 if black else 0.3), (150, 150, 160) if black else INK
+    kind.draw(Pen(image, stroke, stroke), tone, dark, light, ink)
+    image = ImageOps.mirror(image) if rng.random() < 0.5 else image
+    image = image.rotate(rng.uniform(-tilt, tilt), Image.Resampling.BICUBIC, expand=True)
+    return image.crop(image.getbbox())
+
+
+def _clash(a, b, side):
+    """Whether one box hides more than a tenth of another, or left and right are in doubt."""
+    overlap = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    smaller = min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return overlap > 0.1 * smaller or abs(a[0] + a[2] - b[0] - b[2]) < 0.25 * side
+
+
+def _arrange(rng, images, zones, side):
+    for _ in range(200):
+        boxes = []
+        for image, zone in zip(images, zones):
+            x = round(rng.uniform(0.01 * side, 0.99 * side - image.width))
+            y = round(rng.uniform(*ZONES[zone][:2]) * side) - (0 if zone == "sky" else image.height)
+            boxes.append((x, y, x + image.width, y + image.height))
+        if not any(_clash(a, b, side) for a, b in combinations(boxes, 2)):
+            return boxes
+    return None
+
+
+def _paste(pen, image, box, zone):
+    (x0, y0, x1, y1), rim = box, 2 * pen.stroke
+    x, y, rx = (x0 + x1) / 2 / pen.w, y1 / pen.h, (x1 - x0) / 2 / pen.w
+    if zone == "ground":
+        pen.oval(x + 0.02, y - 0.005, rx, 0.02, (30, 40, 60, 60))
+    # A rim of cream paper: whatever a thing stands before, its own colour ends visibly.
+    paper = ImageOps.expand(image.getchannel("A"), rim).filter(ImageFilter.GaussianBlur(rim / 2))
+    pen.image.paste(CREAM, (x0 - rim, y0 - rim), paper.point(lambda a: 255 if a > 60 else 4 * a))
+    pen.image.paste(image, (x0, y0), image)
+    for k in range(3 if zone in ("float", "swim") else 0):
+        ripple = np.linspace(-1.15 + 0.2 * k, 1.15 - 0.2 * k, 24)
+        points = [(x + rx * t, y - 0.008 + 0.012 * k + 0.004 * sin(9 * t + k)) for t in ripple]
+        pen.line(points, (*WHITE, 190), 1.2)
+
+
+def draw_scene(seed, split, index, size):
+    """
+    Draws picture number `index` of a split ("train", "valid", "test_a"), `size` pixels wide and high.
+
+    Returns (RGB image, scene): {"split", "background", "things": [{"thing", "colour", "box"}]}, boxes (x0, y0, x1, y1)
+    in fractions of the picture. The same arguments give the same picture. Raises ValueError for an unknown split, a
+    negative seed or index, or a size under 32.
+    """
+    if split not in SPLITS or seed < 0 or index < 0 or size < 32:
+        raise ValueError(f"no picture {index} of split {split!r} with seed {seed} and size {size}")
+    rng, side = np.random.default_rng([seed, list(SPLITS).index(split), index]), size * ZOOM
+    pen = Pen(Image.new("RGB", (side, side)), max(2, side // 160))
+    background = pick(rng, list(BACKGROUNDS))
+    place = BACKGROUNDS[background]
+    for paint, *arguments in place.layers:
+        paint(pen, rng, *arguments)
+
+    boxes, visible = None, [colour for colour in COLOURS if colour not in place.hidden]
+    while not boxes:
+        names = [place.kinds[i] for i in rng.permutation(len(place.kinds))[: rng.integers(2, 4)]]
+        colours, zones = [pick(rng, visible) for _ in names], [KINDS[name].zone for name in names]
+        largest = 0.42 if len(names) == 2 else 0.36
+        images = [_cut_out(rng, KINDS[name], colour, side, largest) for name, colour in zip(names, colours)]
+        boxes = _arrange(rng, images, zones, side)
+    for i in sorted(range(len(names)), key=lambda i: boxes[i][3]):  # what stands lower is nearer
+        _paste(pen, images[i], boxes[i], zones[i])
+
+    pixels = np.asarray(pen.image.resize((size, size), Image.Resampling.BOX), np.float32)
+    blots = Image.fromarray(rng.normal(0, 4, (9, 9)).astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)
+    grain = rng.standard_normal((size, size), np.float32) * 2.5
+    pixels = pixels * rng.uniform(0.93, 1.05) + (np.asarray(blots) + grain)[..., None]
+    scaled = [[round(edge / side, 4) for edge in box] for box in boxes]
+    things = [{"thing": n, "colour": c, "box": b} for n, c, b in zip(names, colours, scaled)]
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return image, {"split": split, "background": background, "things": things}
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+def _make(index, seed, split, size):
+    image, scene = draw_scene(seed, split, index, size)
+    captions = write_captions(scene, np.random.default_rng([seed, list(SPLITS).index(split), index, 1]))
+    jpeg = io.BytesIO()
+    image.save(jpeg, "JPEG", quality=90)
+    return hashlib.sha1(f"{seed} {split} {index}".encode()).hexdigest() + ".jpg", jpeg.getvalue(), scene, captions
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """A name of this process's own that becomes `path` once all is written: half a file must not pass for one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_split(pool, out, split, count, seed, size):
+    name, date = SPLITS[split]
+    root, scenes, texts = f"ai_challenger_caption_{name}_{date}", {}, []
+    with _replacing(out / f"{root}.zip") as part, zipfile.ZipFile(part, "w") as archive:
+
+        def add(path, data):
+            archive.writestr(zipfile.ZipInfo(f"{root}/{path}", (2017, 9, 2, 0, 0, 0)), data)
+
+        jobs = pool.imap(partial(_make, seed=seed, split=split, size=size), range(count), chunksize=4)
+        for file, jpeg, scene, captions in tqdm(jobs, split, count, unit="pic"):
+            add(f"caption_{name}_images_{date}/{file}", jpeg)
+            scenes[file] = scene
+            texts.append(captions)
+        notes = [{"url": "", "image_id": file, "caption": captions} for file, captions in zip(scenes, texts)]
+        if split == "test_a":
+            said = [(i, caption) for i, captions in enumerate(texts, 1) for caption in captions]
+            notes = {
+                "images": [{"id": i, "file_name": file} for i, file in enumerate(scenes, 1)],
+                "annotations": [{"id": k, "image_id": i, "caption": text} for k, (i, text) in enumerate(said, 1)],
+            }
+        add(f"caption_{name}_annotations_{date}.json", json.dumps(notes, ensure_ascii=False))
+    return scenes
+
+
+def main():
+    def fail(message):
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+    parser = argparse.ArgumentParser(description="Draw the sample set.", allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "sample", metavar="DIR")
+    for option, default in (("train", 2000), ("valid", 200), ("test", 200), ("size", 256), ("seed", 0)):
+        parser.add_argument(f"--{option}", type=int, default=default, metavar="N", help="default: %(default)s")
+    args = parser.parse_args()
+    for option, least in (("train", 0), ("valid", 0), ("test", 0), ("size", 32), ("seed", 0)):
+        if getattr(args, option) < least:
+            fail(f"--{option} must be at least {least}")
+
+    scenes, counts = {}, (args.train, args.valid, args.test)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with multiprocessing.Pool() as pool:
+            for split, count in zip(SPLITS, counts):
+                scenes |= _write_split(pool, args.out, split, count, args.seed, args.size)
+        with _replacing(args.out / "scenes.json") as part:
+            part.write_text(json.dumps(scenes, ensure_ascii=False), "utf-8")
+    except OSError as error:
+        fail(error)
+    for split, count in zip(SPLITS, counts):
+        print(f"{split:6} {count:6,} pictures {5 * count:7,} sentences")
+
+
+if __name__ == "__main__":
+    main()
