@@ -63,7 +63,8 @@ class Config:
                         batch_size=1, encoder_lr=0, decoder_lr=0, grad_clip=0, alpha_c=0, lr_decay=0,
                         lr_decay_epochs=1, early_stop_epochs=1, print_freq=1, seed=0, workers=0)
         at_most = dict(max_bad_images=1, dropout=1, lr_decay=1, image_size=4096, max_len=1000,
-                       encoded_image_size=256, workers=256)
+                       encoded_image_size=256, workers=256,
+                       seed=2**32 - 1)  # epoch and rank are mixed in, within 64 bits
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is float and type(value) is int:
@@ -108,7 +109,7 @@ def get_config(preset="ai_challenger", flags=None, trained=None):
         return Config(**{**PRESETS[preset], **flags})
     unknown = set(trained) - {field.name for field in dataclasses.fields(Config)}
     if unknown:
-        raise UserError(f"the checkpoint has settings this version does not know: {', '.join(sorted(unknown))}")
+        raise UserError(f"the checkpoint has settings this version does not know: {', '.join(sorted(map(str, unknown)))}")
     for name in ARCHITECTURE:
         if name in flags and flags[name] != trained.get(name):
             raise UserError(f"--{name} {flags[name]} contradicts the checkpoint, which was trained with "
@@ -150,11 +151,16 @@ def parse_args(description, own=None, argv=None):
 
 
 def run(main):
-    """Run a script's main(); a user's mistake becomes one line on stderr and exit code 2."""
+    """Run a script's main(); a user's mistake, or a file that the system refuses, becomes one line and exit code 2."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -76,7 +76,7 @@ def read_image(path, image_size):
     Raises:
         BadPicture: see open_picture.
     """
-    return np.asarray(open_picture(path).resize((image_size, image_size), Image.Resampling.BILINEAR))
+    return np.array(open_picture(path).resize((image_size, image_size), Image.Resampling.BILINEAR))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,15 +35,16 @@ def main():
     dataset = CaptionDataset(config, args.split, checkpoint["word_map"])
     loader = make_loader(dataset, config, shuffle=False)
     scenes_path = Path(config.data_dir) / "scenes.json"
-    scenes = json.loads(scenes_path.read_text(encoding="utf-8")) if scenes_path.exists() else None
+    scenes = json.loads(scenes_path.read_text(encoding="utf-8")) if scenes_path.exists() else {}
     captions, measures = [], []
     for images, _, _, rows in tqdm(loader, desc=f"caption {args.split}", unit="batch"):
         batch = generate(decoder, encode(encoder, images.to(device)), rows, config, checkpoint["word_map"],
                          args.beam_size)
         for caption in batch:
             alphas = caption.pop("alphas")
-            if scenes:
-                measures.append(measure_scene(caption["words"], alphas, scenes[dataset.image_ids[caption["row"]]]))
+            scene = scenes.get(dataset.image_ids[caption["row"]])
+            if scene:
+                measures.append(measure_scene(caption["words"], alphas, scene))
         captions += batch
 
     references = tokenize_references(dataset)
@@ -52,9 +53,9 @@ def main():
     print(", ".join(f"{name} {value}" for name, value in protocol.items()))
     scores = score([caption["words"] for caption in captions], references)
     scores["unfinished_captions"] = sum(not caption["ended"] for caption in captions)
-    if scenes:
+    if measures:
         true, hits, named, chance = (sum(column) for column in zip(*measures))
-        scores.update(true_captions=true / len(captions), attention_in_box=hits / max(named, 1),
+        scores.update(true_captions=true / len(measures), attention_in_box=hits / max(named, 1),
                       attention_in_box_by_chance=chance / max(named, 1))
     for name, value in scores.items():
         print(f"{name:>24} {value:.4f}" if isinstance(value, float) else f"{name:>24} {value}")

@@ -12,7 +12,9 @@ Departures from the original, and why:
 - The words are scored once, for all real tokens together, after the time loop. Same numbers.
 - A frozen layer stays in eval mode: its batch norms must not drift.
 - Generated captions never contain <pad>, <start> or <unk>, and one that never ends is given as far as it goes.
-From the paper: the words are scored from the state alone, fc(dropout(h)), not from the deep output of Eq. 7.
+Departures from the paper that the original already made: a ResNet instead of VGG, a gate beta for every feature
+instead of one number, the words scored from the state alone, fc(dropout(h)), not by the deep output of Eq. 7, and the
+last term of Eq. 14 as a mean over the pixels.
 """
 from typing import NamedTuple
 from urllib.error import URLError
@@ -269,7 +271,7 @@ def beam_search(decoder, grid, beam_size, max_len, word_map):
 
     Args:
         decoder (DecoderWithAttention), in eval mode. grid: (B, h, w, D). beam_size (int): 1 is greedy.
-        max_len (int): words a caption, <end> not counted. word_map (dict): word -> id.
+        max_len (int): there are T = max_len + 1 steps, so that so many words and <end> fit. word_map (dict).
     Returns:
         Captions
     """

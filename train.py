@@ -60,6 +60,8 @@ def main():
     train_loader = make_loader(train_set, config, True, rank, world_size)
     valid_loader = make_loader(valid_set, config, False, rank, world_size)
     references = tokenize_references(valid_set) if rank == 0 else None
+    if not any(valid_set.raw_captions):
+        raise UserError(f"{valid_set.path} has no captions to choose the best checkpoint by")
 
     torch.manual_seed(config.seed)
     encoder, decoder = build_models(config, len(word_map), encoder_weights="none" if checkpoint else None)
@@ -69,6 +71,8 @@ def main():
         load_state(encoder, checkpoint["encoder"], path)
         load_state(decoder, checkpoint["decoder"], path)
         state = {name: checkpoint[name] for name in state}
+        if config.fine_tune_encoder and not checkpoint["config"]["fine_tune_encoder"]:
+            state["epochs_since_improvement"] = 0  # what stopped improving was the decoder alone
     encoder, decoder = encoder.to(device), decoder.to(device)
     optimizers = make_optimizers(config, encoder, decoder)
     if checkpoint:
@@ -146,9 +150,8 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer)
     started, steps = since, len(loader)
     bar = tqdm(loader, desc=f"epoch {state['epoch'] + 1}", unit="batch", disable=writer is None)
     for number, (images, captions, lengths, rows) in enumerate(bar, 1):
-        counts = torch.tensor([(lengths - 1).clamp(min=0).sum(), (lengths > 0).sum(), len(rows)])
-        images, captions, lengths, counts = (x.to(device, non_blocking=True)
-                                             for x in (images, captions, lengths, counts))
+        images, captions, lengths = (x.to(device, non_blocking=True) for x in (images, captions, lengths))
+        counts = counts_of(lengths)
         scores, targets, alphas = decoder(encoder(images), captions, lengths)
         cross_entropy, coverage = caption_loss(scores, targets, alphas, lengths)
         n_tokens, n_captions, n_images = sum_over_processes(counts.clone()).clamp(min=1)
@@ -180,6 +183,12 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer)
                 for name, value in {**means, "gradient_norm": norm.item(), **rates(optimizers)}.items():
                     writer.add_scalar(f"train/{name}", value, state["step"])
     return epoch_means(totals, config, time.perf_counter() - started)
+
+
+def counts_of(lengths):
+    """Real tokens, captions and pictures of a batch. Args: caption_lengths (B, K). Returns: int64 (3,)."""
+    captions = (lengths > 0).sum()
+    return torch.stack([lengths.sum() - captions, captions, torch.full_like(captions, len(lengths))])
 
 
 def epoch_means(sums, config, seconds):
@@ -226,8 +235,7 @@ def validate(encoder, decoder, loader, config, word_map):
         grid = encoder(images.to(device))
         scores, targets, alphas = decoder(grid, captions, lengths)
         totals += torch.stack([*caption_loss(scores, targets, alphas, lengths), top5_hits(scores, targets),
-                               *(torch.tensor(n, device=device) for n in (len(targets), (lengths > 0).sum(), len(rows)))
-                               ])
+                               *counts_of(lengths)])
         for caption in generate(decoder, grid, rows, config, word_map, beam_size=1):
             if caption["row"] >= PICTURES_SHOWN:
                 del caption["alphas"]

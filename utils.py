@@ -34,9 +34,10 @@ def save_checkpoint(checkpoint, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        if os.name == "posix":  # elsewhere a folder cannot be opened, nor needs to be
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written ({error}); the checkpoint before it is untouched: free some "

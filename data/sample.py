@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
@@ -410,7 +411,8 @@ def attention_peak_hits(words, alphas, scene):
     Whether attention peaked on what was named. alphas: (len(words), rows, columns), the map of each word.
 
     Returns (hits, total, chance): of `total` words naming a thing of the scene, `hits` had the centre of their
-    strongest cell inside its box, and cells picked at random would have had `chance` hits (a float).
+    strongest cell inside its box, and cells picked at random would have had `chance` hits (a float). Where pooling
+    made several cells equal, the peak is the middle of the strongest ones.
     Raises ValueError if alphas is not one map a word.
     """
     alphas = np.asarray(alphas)
@@ -421,7 +423,9 @@ def attention_peak_hits(words, alphas, scene):
     hits, chance, named = 0, 0.0, named_things(words, scene)
     for i, (x0, y0, x1, y1) in named:
         inside = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
-        hits += int(inside.flat[alphas[i].argmax()])
+        top = np.argwhere(alphas[i] >= alphas[i].max() * (1 - 1e-5)) + 0.5
+        peak_y, peak_x = top.mean(axis=0) / (rows, columns)
+        hits += int(x0 <= peak_x <= x1 and y0 <= peak_y <= y1)
         chance += float(inside.mean())
     return hits, len(named), chance
 
@@ -572,8 +576,15 @@ def main():
             fail(f"--{option} must be at least {least}")
 
     scenes, counts = {}, (args.train, args.valid, args.test)
+    names = [f"ai_challenger_caption_{name}_{date}" for name, date in SPLITS.values()]
+    if not (args.out / "scenes.json").exists():
+        for path in (args.out / f"{name}{ending}" for name in names for ending in (".zip", "")):
+            if path.exists():
+                fail(f"{path} is there, but no scenes.json: this is not a drawn set; choose another --out")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        for name in names:  # what was extracted from the archives that are about to be replaced
+            shutil.rmtree(args.out / name, ignore_errors=True)
         with multiprocessing.Pool() as pool:
             for split, count in zip(SPLITS, counts):
                 scenes |= _write_split(pool, args.out, split, count, args.seed, args.size)

@@ -1,0 +1,29 @@
+# make sample   the whole pipeline on the sample set, from nothing to images/out_*.jpg
+# make test     lint and the whole test suite
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: sample test clean
+
+sample: .venv/installed data/sample/scenes.json
+	$(BIN)/python pre_process.py --preset sample
+	$(BIN)/python train.py --preset sample $(if $(wildcard models/sample/checkpoint.pth.tar),--resume)
+	$(BIN)/python eval.py --preset sample --split test_a
+	$(BIN)/python demo.py --preset sample
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q
+
+data/sample/scenes.json: | .venv/installed
+	$(BIN)/python data/sample.py
+
+# A file of its own marks a whole installation: pip that was cut short leaves .venv/ but not this.
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv data/sample models/sample logs/sample

@@ -1,0 +1,137 @@
+"""The plain implementation: the paper's equations, one example a caption, nothing shared and nothing rearranged.
+
+Every caption encodes its picture again, every pixel goes through all of the attention at every time step, and beam
+search takes one picture at a time. It is what models.py must equal, in loss, gradients and captions, and what its
+speed is measured against. The parameters have the same names, so one state dict serves both.
+"""
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from datasets import END, PAD, START, UNK
+from models import IMAGENET_MEAN, IMAGENET_STD
+
+
+class Encoder(nn.Module):
+    """A ResNet without its last two layers, pooled to 14x14; images uint8 (N, S, S, 3) -> (N, 14, 14, D)."""
+
+    def __init__(self, name, encoded_image_size=14):
+        super().__init__()
+        self.resnet = nn.Sequential(*list(torchvision.models.get_model(name, weights=None).children())[:-2])
+        self.adaptive_pool = nn.AdaptiveAvgPool2d(encoded_image_size)
+
+    def forward(self, images):
+        x = images.permute(0, 3, 1, 2).float() / 255
+        x = torchvision.transforms.functional.normalize(x, IMAGENET_MEAN, IMAGENET_STD)
+        return self.adaptive_pool(self.resnet(x)).permute(0, 2, 3, 1)
+
+
+class Attention(nn.Module):
+    """Section 4.2; a (N, P, D), h (N, H) -> context (N, D), alpha (N, P)."""
+
+    def __init__(self, encoder_dim, decoder_dim, attention_dim):
+        super().__init__()
+        self.encoder_att = nn.Linear(encoder_dim, attention_dim)
+        self.decoder_att = nn.Linear(decoder_dim, attention_dim)
+        self.full_att = nn.Linear(attention_dim, 1)
+
+    def forward(self, a, h):
+        e = self.full_att(torch.relu(self.encoder_att(a) + self.decoder_att(h).unsqueeze(1))).squeeze(2)  # Eq. 4
+        alpha = torch.softmax(e, dim=1)  # Eq. 5
+        return (alpha.unsqueeze(2) * a).sum(dim=1), alpha  # Eq. 13
+
+
+class DecoderWithAttention(nn.Module):
+    """Sections 3.1.2 and 4.2.1; one example a caption."""
+
+    def __init__(self, attention_dim, embed_dim, decoder_dim, vocab_size, encoder_dim=2048, dropout=0.5):
+        super().__init__()
+        self.attention = Attention(encoder_dim, decoder_dim, attention_dim)
+        self.embedding = nn.Embedding(vocab_size, embed_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.decode_step = nn.LSTMCell(embed_dim + encoder_dim, decoder_dim)
+        self.init_h = nn.Linear(encoder_dim, decoder_dim)
+        self.init_c = nn.Linear(encoder_dim, decoder_dim)
+        self.f_beta = nn.Linear(decoder_dim, encoder_dim)
+        self.fc = nn.Linear(decoder_dim, vocab_size)
+
+    def start(self, encoder_out):
+        """encoder_out (N, s, s, D) -> a (N, P, D), h (N, H), c (N, H)."""
+        a = encoder_out.flatten(1, 2)
+        return a, self.init_h(a.mean(dim=1)), self.init_c(a.mean(dim=1))
+
+    def step(self, a, words, h, c):
+        """One word: words int (N,) -> h, c (N, H), alpha (N, P)."""
+        context, alpha = self.attention(a, h)
+        context = torch.sigmoid(self.f_beta(h)) * context
+        h, c = self.decode_step(torch.cat([self.embedding(words), context], dim=1), (h, c))
+        return h, c, alpha
+
+    def forward(self, encoder_out, captions, lengths):
+        """Teacher forcing of N captions, longest first, so that those that have ended drop out of the later steps.
+
+        encoder_out (N, s, s, D), captions int64 (N, L), lengths int64 (N,) with <start> and <end> ->
+        scores (N, T, V), alphas (N, T, P), both 0 after the end.
+        """
+        lengths, order = (lengths - 1).sort(descending=True)
+        a, h, c = self.start(encoder_out[order])
+        captions, T = captions[order], int(lengths[0])
+        scores = a.new_zeros(len(a), T, self.fc.out_features)
+        alphas = a.new_zeros(len(a), T, a.shape[1])
+        for t in range(T):
+            n = int((lengths > t).sum())
+            h, c, alpha = self.step(a[:n], captions[:n, t], h[:n], c[:n])
+            scores[:n, t] = self.fc(self.dropout(h))
+            alphas[:n, t] = alpha
+        back = order.argsort()
+        return scores[back], alphas[back]
+
+
+def caption_loss(scores, alphas, captions, lengths, alpha_c):
+    """Eq. 14: mean cross entropy of the real tokens + alpha_c * mean of (1 - sum over time of alpha)^2."""
+    real = torch.arange(scores.shape[1]) < (lengths - 1).unsqueeze(1).cpu()
+    targets = captions[:, 1:scores.shape[1] + 1]
+    cross_entropy = F.cross_entropy(scores[real], targets[real])
+    return cross_entropy + alpha_c * ((1 - alphas.sum(dim=1)) ** 2).mean()
+
+
+@torch.no_grad()
+def beam_search(decoder, encoder_out, beam_size, max_len, word_map):
+    """The best caption of one picture: encoder_out (1, s, s, D) -> ids, score, ended, alphas (len(ids), P)."""
+    a, h, c = decoder.start(encoder_out)
+    beams = [([], 0.0, h, c, [])]  # ids, score, state, alphas
+    finished = []
+    for _ in range(max_len + 1):
+        candidates = []
+        for ids, score, h, c, alphas in beams:
+            word = torch.tensor([ids[-1] if ids else word_map[START]], device=a.device)
+            h, c, alpha = decoder.step(a, word, h, c)
+            log_p = torch.log_softmax(decoder.fc(h), dim=1)[0]
+            log_p[[word_map[PAD], word_map[START], word_map[UNK]]] = -torch.inf
+            total = score + log_p
+            best, words = total.sort(descending=True, stable=True)
+            candidates += [(ids + [int(word)], value, h, c, alphas + [alpha[0]])
+                           for value, word in zip(best[:beam_size], words[:beam_size]) if value > -torch.inf]
+        # sorted() keeps the order of equals: the lower beam first, and within it the lower word.
+        chosen = sorted(candidates, key=lambda beam: -beam[1])[:beam_size - len(finished)]
+        finished += [beam for beam in chosen if beam[0][-1] == word_map[END]]
+        beams = [beam for beam in chosen if beam[0][-1] != word_map[END]]
+        if not beams:
+            break
+    ids, score, _, _, alphas = max(finished or beams, key=lambda beam: beam[1])
+    return ids, float(score), bool(finished), torch.stack(alphas)
+
+
+@torch.no_grad()
+def greedy_search(decoder, encoder_out, max_len, word_map):
+    """The most probable word at every step: encoder_out (1, s, s, D) -> ids."""
+    a, h, c = decoder.start(encoder_out)
+    ids = []
+    while len(ids) <= max_len and ids[-1:] != [word_map[END]]:
+        word = torch.tensor([ids[-1] if ids else word_map[START]], device=a.device)
+        h, c, _ = decoder.step(a, word, h, c)
+        scores = decoder.fc(h)[0]
+        scores[[word_map[PAD], word_map[START], word_map[UNK]]] = -torch.inf
+        ids.append(int(scores.argmax()))
+    return ids

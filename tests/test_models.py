@@ -1,0 +1,302 @@
+"""The model equals the plain implementation in loss, gradients and captions, whatever its arrangement."""
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import reference
+from config import Config, UserError
+from datasets import END, PAD, START, UNK
+from models import DecoderWithAttention, Encoder, beam_search, caption_loss, first_largest, load_resnet, pool_matrix
+
+B, K, T, D, A, E, H, SIDE = 3, 5, 9, 24, 20, 12, 16, 6
+
+
+def make_word_map(v):
+    return {word: i for i, word in enumerate([PAD, *(f"w{i}" for i in range(v - 4)), UNK, START, END])}
+
+
+WORD_MAP = make_word_map(40)
+
+
+@pytest.fixture
+def decoder():
+    torch.manual_seed(0)
+    model = DecoderWithAttention(A, E, H, len(WORD_MAP), D, dropout=0.0, encoded_image_size=SIDE)
+    for parameter in model.parameters():  # the initial weights are so small that every word is equally likely
+        parameter.data.normal_(0, 0.4)
+    # Captions of many lengths: at some states the end is near certain, at most it is unlikely.
+    model.fc.weight.data[WORD_MAP[END]] *= 6
+    model.fc.bias.data[WORD_MAP[END]] -= 3
+    return model.eval()
+
+
+def plain(decoder, word_map=WORD_MAP):
+    """The plain implementation with the same weights."""
+    model = reference.DecoderWithAttention(A, E, H, len(word_map), D, dropout=0.0)
+    model.load_state_dict(decoder.state_dict())
+    return model.eval()
+
+
+def pooled(grid, side=SIDE):
+    return F.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
+
+
+@pytest.fixture
+def batch():
+    """Pictures with five, three and no captions, of all lengths from <start> <end> on."""
+    generator = torch.Generator().manual_seed(1)
+    grid = torch.randn(B, 4, 4, D, generator=generator)
+    captions = torch.randint(1, 37, (B, K, T + 1), generator=generator)
+    lengths = torch.randint(3, T + 2, (B, K), generator=generator)
+    lengths[0, 0], lengths[0, 1], lengths[1, 3:], lengths[2] = 2, T + 1, 0, 0
+    captions[:, :, 0] = WORD_MAP[START]
+    for i, j in itertools.product(range(B), range(K)):
+        if lengths[i, j]:
+            captions[i, j, lengths[i, j] - 1:] = WORD_MAP[PAD]
+            captions[i, j, lengths[i, j] - 1] = WORD_MAP[END]
+        else:
+            captions[i, j] = WORD_MAP[PAD]
+    return grid, captions, lengths
+
+
+def loss_of(decoder, batch, alpha_c=1.0):
+    grid, captions, lengths = batch
+    scores, targets, alphas = decoder(grid, captions, lengths)
+    cross_entropy, coverage = caption_loss(scores, targets, alphas, lengths)
+    return cross_entropy / len(targets) + alpha_c * coverage / (lengths > 0).sum()
+
+
+def plain_loss(model, batch, alpha_c=1.0):
+    """The same captions as separate examples, each with a copy of its picture."""
+    grid, captions, lengths = batch
+    image, caption = lengths.nonzero(as_tuple=True)
+    captions, lengths = captions[image, caption], lengths[image, caption]
+    scores, alphas = model(pooled(grid)[image], captions, lengths)
+    return reference.caption_loss(scores, alphas, captions, lengths, alpha_c)
+
+
+@pytest.mark.parametrize("height, width, side", [(8, 8, 14), (4, 4, 14), (7, 5, 3), (8, 8, 8), (1, 1, 4)])
+def test_pool_matrix_is_adaptive_average_pooling(height, width, side):
+    grid = torch.randn(2, height, width, 5)
+    assert torch.allclose(pool_matrix(height, width, side) @ grid.flatten(1, 2), pooled(grid, side).flatten(1, 2),
+                          atol=1e-6)
+
+
+def test_loss_and_every_gradient_equal_the_plain_implementation(decoder, batch):
+    grid, captions, lengths = batch
+    losses, gradients = [], []
+    for model, loss_function in ((decoder, loss_of), (plain(decoder), plain_loss)):
+        leaf = grid.clone().requires_grad_()
+        loss = loss_function(model, (leaf, captions, lengths), alpha_c=0.7)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({"grid": leaf.grad, **{name: p.grad for name, p in model.named_parameters()}})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[1].items():
+        # The bias of the energies moves them all alike, which softmax ignores: both gradients are rounding noise.
+        scale = max(expected.abs().max().item(), 1e-3)
+        assert (gradients[0][name] - expected).abs().max().item() < 1e-4 * scale, name
+
+
+def test_without_the_doubly_stochastic_term_too(decoder, batch):
+    assert loss_of(decoder, batch, 0.0).item() == pytest.approx(plain_loss(plain(decoder), batch, 0.0).item(), rel=1e-5)
+    assert loss_of(decoder, batch, 1.0).item() > loss_of(decoder, batch, 0.0).item()
+
+
+def test_alphas_sum_to_one_while_the_caption_lasts_and_leave_no_pixel_out(decoder, batch):
+    grid, captions, lengths = batch
+    alphas = decoder(grid, captions, lengths)[2]
+    real = torch.arange(T) < (lengths - 1).unsqueeze(2)
+    assert torch.allclose(alphas.sum(dim=3), real.float(), atol=1e-5)
+    assert (alphas[real] > 0).all()
+    first = alphas[0, 1]
+    assert not torch.allclose(first[0], first[1], atol=1e-3), "attention must move from word to word"
+
+
+def test_attention_depends_on_every_pixel(decoder):
+    grid = torch.randn(1, 2, 2, D)
+    words = torch.tensor([[[WORD_MAP[START], 5, WORD_MAP[END]]]])
+    scores = decoder(grid, words, torch.tensor([[3]]))[0]
+    for cell in range(4):
+        changed = grid.clone()
+        changed.view(4, D)[cell] += 1
+        assert not torch.allclose(scores, decoder(changed, words, torch.tensor([[3]]))[0], atol=1e-4)
+
+
+def test_loss_of_a_batch_is_the_token_weighted_mean_of_its_captions(decoder, batch):
+    grid, captions, lengths = batch
+    together = loss_of(decoder, batch, 0.0)
+    total = tokens = 0
+    for i, j in lengths.nonzero().tolist():
+        n = lengths[i, j].item() - 1
+        one = grid[i:i + 1], captions[i:i + 1, j:j + 1, :n + 1], lengths[i:i + 1, j:j + 1]
+        total, tokens = total + n * loss_of(decoder, one, 0.0), tokens + n
+    assert together.item() == pytest.approx((total / tokens).item(), rel=1e-5)
+
+
+def test_padding_and_missing_captions_change_nothing(decoder, batch):
+    grid, captions, lengths = batch
+    longer = F.pad(captions, (0, 4))
+    longer[lengths == 0] = 7
+    assert loss_of(decoder, (grid, longer, lengths)).item() == pytest.approx(loss_of(decoder, batch).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("beam_size", [1, 2, 3, 5, 50])
+def test_beam_search_equals_one_picture_at_a_time(decoder, beam_size):
+    grid = torch.randn(10, 4, 4, D, generator=torch.Generator().manual_seed(2))
+    found = beam_search(decoder, grid, beam_size, 8, WORD_MAP)
+    model, lengths = plain(decoder), set()
+    for i in range(len(grid)):
+        ids, score, ended, alphas = reference.beam_search(model, pooled(grid[i:i + 1]), beam_size, 8, WORD_MAP)
+        assert found.words[i, :len(ids)].tolist() == ids
+        assert (found.words[i, len(ids):] == WORD_MAP[PAD]).all()
+        assert found.scores[i].item() == pytest.approx(score, rel=1e-4)
+        assert found.ended[i].item() == ended
+        assert torch.allclose(found.alphas[i, :len(ids)], alphas, atol=1e-5)
+        lengths.add(len(ids))
+    assert len(lengths) > 1, "pictures must finish at different steps for this to show anything"
+
+
+def test_beam_one_is_greedy(decoder):
+    grid = torch.randn(5, 4, 4, D, generator=torch.Generator().manual_seed(3))
+    found = beam_search(decoder, grid, 1, 8, WORD_MAP)
+    for i in range(len(grid)):
+        ids = reference.greedy_search(plain(decoder), pooled(grid[i:i + 1]), 8, WORD_MAP)
+        assert found.words[i, :len(ids)].tolist() == ids
+
+
+def test_wide_beam_equals_brute_force():
+    """Over four words and at most four of them in a row, the best of all captions that end."""
+    torch.manual_seed(4)
+    word_map, max_len = make_word_map(8), 4
+    decoder = DecoderWithAttention(A, E, H, len(word_map), D, 0.0, SIDE)
+    for parameter in decoder.parameters():
+        parameter.data.normal_(0, 0.5)
+    grid = torch.randn(2, 3, 3, D)
+    found = beam_search(decoder.eval(), grid, 4 ** (max_len + 1), max_len, word_map)
+    for i in range(len(grid)):
+        best = (-torch.inf, None)
+        for n in range(max_len + 1):
+            for words in itertools.product(range(1, 5), repeat=n):
+                ids = [word_map[START], *words, word_map[END]]
+                scores, targets, _ = decoder(grid[i:i + 1], torch.tensor([[ids]]), torch.tensor([[len(ids)]]))
+                log_p = F.log_softmax(scores, dim=1).gather(1, targets[:, None]).sum().item()
+                best = max(best, (log_p, [*words, word_map[END]]))
+        assert found.words[i, :len(best[1])].tolist() == best[1]
+        assert found.scores[i].item() == pytest.approx(best[0], rel=1e-4)
+
+
+def test_a_caption_that_never_ends_is_given_as_far_as_it_goes(decoder):
+    decoder.fc.bias.data[WORD_MAP[END]] = -1e4
+    grid = torch.randn(2, 4, 4, D)
+    found = beam_search(decoder, grid, 3, 6, WORD_MAP)
+    assert not found.ended.any() and found.scores.isfinite().all()
+    for i in range(2):
+        ids, score, ended, _ = reference.beam_search(plain(decoder), pooled(grid[i:i + 1]), 3, 6, WORD_MAP)
+        assert found.words[i].tolist() == ids and len(ids) == 7 and not ended
+        assert found.scores[i].item() == pytest.approx(score, rel=1e-4)
+
+
+def test_special_words_are_never_generated(decoder):
+    for word in (PAD, START, UNK):
+        decoder.fc.bias.data[WORD_MAP[word]] = 1e4
+    found = beam_search(decoder, torch.randn(4, 4, 4, D), 3, 8, WORD_MAP)
+    for words, end in zip(found.words.tolist(), found.ended.tolist()):
+        caption = words[:words.index(WORD_MAP[END])] if end else words
+        assert not {WORD_MAP[PAD], WORD_MAP[START], WORD_MAP[UNK]} & set(caption)
+
+
+def test_equal_scores_go_to_the_first(decoder):
+    """With no weights at all every word is equally likely, so every choice is a tie."""
+    for parameter in decoder.parameters():
+        parameter.data.zero_()
+    grid = torch.randn(2, 4, 4, D)
+    for beam_size in (1, 3):
+        found = beam_search(decoder, grid, beam_size, 3, WORD_MAP)
+        ids = reference.beam_search(plain(decoder), pooled(grid[:1]), beam_size, 3, WORD_MAP)[0]
+        assert found.words[0, :len(ids)].tolist() == ids
+    values = torch.tensor([[1.0, 3, 3, 2, 3], [0, 0, 0, 0, 0]])
+    top, index = first_largest(values, 2)
+    assert index.tolist() == [[1, 2], [0, 1]] and top.tolist() == [[3, 3], [0, 0]]
+
+
+def test_pictures_do_not_influence_each_other(decoder):
+    grid = torch.randn(4, 4, 4, D)
+    together = beam_search(decoder, grid, 3, 8, WORD_MAP)
+    alone = [beam_search(decoder, grid[i:i + 1], 3, 8, WORD_MAP) for i in range(4)]
+    assert [words.tolist() for words in together.words] == [found.words[0].tolist() for found in alone]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoder
+
+
+@pytest.mark.parametrize("name, dim", [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048)])
+def test_encoder_equals_the_plain_one(name, dim):
+    torch.manual_seed(0)
+    encoder = Encoder(name, "none").eval()
+    plain_encoder = reference.Encoder(name, 14).eval()
+    plain_encoder.load_state_dict(encoder.state_dict())
+    images = torch.randint(0, 256, (2, 96, 96, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        grid = encoder(images)
+        assert grid.shape == (2, 3, 3, dim) and encoder.dim == dim
+        expected = plain_encoder(images)
+        assert (pooled(grid, 14) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_frozen_encoder_does_not_change_in_training():
+    encoder = Encoder("resnet18", "none").train()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    grid = encoder(torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8))
+    assert not grid.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("layers, frozen", [("top", ("0.", "1.", "4.")), ("all", ())])
+def test_fine_tuning_trains_what_it_says(layers, frozen):
+    encoder = Encoder("resnet18", "none")
+    encoder.fine_tune(layers)
+    encoder.train()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    encoder(torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)).sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert (parameter.grad is None) == name.removeprefix("resnet.").startswith(frozen or ("none",))
+    for name, value in encoder.state_dict().items():
+        if name.endswith("running_mean"):
+            assert torch.equal(value, before[name]) == name.removeprefix("resnet.").startswith(frozen or ("none",))
+
+
+def test_encoder_weights_of_a_file(tmp_path):
+    resnet = load_resnet("resnet18", "none")
+    torch.save(resnet.state_dict(), tmp_path / "weights.pth")
+    encoder = Encoder("resnet18", str(tmp_path / "weights.pth"))
+    assert torch.equal(encoder.resnet[0].weight, resnet.conv1.weight)
+    (tmp_path / "broken.pth").write_bytes(b"not weights")
+    for name, path in (("resnet34", "weights.pth"), ("resnet18", "broken.pth"), ("resnet18", "missing.pth")):
+        with pytest.raises(UserError, match=path):
+            Encoder(name, str(tmp_path / path))
+
+
+def test_no_network_for_the_imagenet_weights(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def offline(*args, **kwargs):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    monkeypatch.setattr("torch.hub.urlopen", offline)
+    with pytest.raises(UserError, match="--encoder_weights none") as raised:
+        Encoder("resnet18", "imagenet")
+    assert str(tmp_path) in str(raised.value) and "resnet18" in str(raised.value)
+
+
+def test_the_parameters_have_the_original_s_names():
+    names = set(dict(DecoderWithAttention(A, E, H, 10, D).named_parameters()))
+    layers = (*(f"attention.{name}_att" for name in ("encoder", "decoder", "full")), "init_h", "init_c", "f_beta", "fc")
+    assert names == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")} | {"embedding.weight"} | {
+        f"decode_step.{kind}_{part}" for kind in ("weight", "bias") for part in ("ih", "hh")}
+    assert Config().attention_dim == Config().emb_dim == Config().decoder_dim == 512

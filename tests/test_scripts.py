@@ -1,0 +1,258 @@
+"""The four scripts end to end, as a user calls them, on a few tiny drawn pictures; every output is looked into."""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from datasets import load_word_map
+from utils import load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tiny_flags, script, tmp_path_factory):
+    """A model after two epochs: its folder, with models/ and logs/."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = script("train.py", *tiny_flags, "--model_dir", folder / "models", "--log_dir", folder / "logs",
+                    "--epochs", 2)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def run_folder(folder):
+    return next((folder / "logs").iterdir())
+
+
+def same_tensors(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_tensors(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same_tensors, a, b))
+    return a == b
+
+
+def test_training_writes_whole_checkpoints(trained, tiny):
+    for name in ("checkpoint.pth.tar", "BEST_checkpoint.pth.tar"):
+        checkpoint = torch.load(trained / "models" / name, weights_only=True)
+        assert checkpoint["word_map"] == load_word_map(tiny)
+        assert checkpoint["config"]["encoder"] == "resnet18"
+        assert len(checkpoint["decoder"]["embedding.weight"]) == len(checkpoint["word_map"])
+    assert checkpoint["epoch"] <= 2 and load_checkpoint(trained / "models" / "checkpoint.pth.tar")["epoch"] == 2
+    assert not list((trained / "models").glob("*.tmp"))
+
+
+def test_training_logs_everything(trained):
+    folder = run_folder(trained)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert lines[1]["step"] == 2 * lines[0]["step"]
+    for line in lines:
+        assert {"loss", "top5", "BLEU-4", "CIDEr"} <= line["valid"].keys()
+        assert all(np.isfinite(value) for part in ("train", "valid", "rates") for value in line[part].values())
+    assert {"config", "command", "git_revision", "versions"} <= json.loads((folder / "config.json").read_text()).keys()
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert {"train/loss", "train/top5", "train/images_per_s", "train/gradient_norm", "train/decoder_lr",
+            "valid/loss", "valid/top5", "valid/BLEU-4", "valid/CIDEr", "epoch/loss"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("valid/CIDEr")] == [line["step"] for line in lines]
+    assert events.Tags()["images"] and all(image.width > 200 for image in events.Images(events.Tags()["images"][0]))
+
+
+def test_resumed_equals_uninterrupted(trained, tiny_flags, script, tmp_path):
+    """One epoch, then --resume for the second, is bit for bit the run of two epochs."""
+    folders = ["--model_dir", tmp_path / "models", "--log_dir", tmp_path / "logs"]
+    assert script("train.py", *tiny_flags, *folders, "--epochs", 1).returncode == 0
+    refused = script("train.py", *tiny_flags, *folders, "--epochs", 2)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    result = script("train.py", "--resume", *folders, "--epochs", 2)
+    assert result.returncode == 0, result.stderr
+    one, two = (load_checkpoint(folder / "models" / "checkpoint.pth.tar") for folder in (trained, tmp_path))
+    for part in ("encoder", "decoder", "optimizers", "best_score", "epochs_since_improvement", "step"):
+        assert same_tensors(one[part], two[part]), part
+    logs = [[json.loads(line)["valid"]["loss"] for line in (run_folder(folder) / "log.jsonl").read_text().splitlines()]
+            for folder in (trained, tmp_path)]
+    assert logs[0] == logs[1]
+
+
+def test_a_new_rate_takes_effect_on_resume_and_a_new_architecture_is_refused(trained, script, tmp_path):
+    shutil.copytree(trained / "models", tmp_path / "models")
+    folders = ["--model_dir", tmp_path / "models", "--log_dir", tmp_path / "logs"]
+    result = script("train.py", "--resume", *folders, "--epochs", 3, "--decoder_lr", 0.00321)
+    assert result.returncode == 0 and "decoder_lr 0.00321" in result.stdout
+    assert load_checkpoint(tmp_path / "models" / "checkpoint.pth.tar")["optimizers"]["decoder"]["param_groups"][0][
+        "lr"] == 0.00321
+    refused = script("train.py", "--resume", *folders, "--emb_dim", 24)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: --emb_dim 24 contradicts")
+    finished = script("train.py", "--resume", *folders)
+    assert finished.returncode == 0 and "Finished (all 3 epochs done)" in finished.stdout
+
+
+def test_fine_tuning_can_be_turned_on_later(trained, script, tmp_path):
+    shutil.copytree(trained / "models", tmp_path / "models")
+    before = load_checkpoint(tmp_path / "models" / "checkpoint.pth.tar")
+    result = script("train.py", "--resume", "--model_dir", tmp_path / "models", "--log_dir", tmp_path / "logs",
+                    "--epochs", 3, "--fine_tune_encoder", "true", "--encoder_lr", 0.01)
+    assert result.returncode == 0 and "encoder_lr 0.01" in result.stdout, result.stderr
+    after = load_checkpoint(tmp_path / "models" / "checkpoint.pth.tar")
+    assert not torch.equal(before["encoder"]["resnet.7.0.conv1.weight"], after["encoder"]["resnet.7.0.conv1.weight"])
+
+
+def test_evaluation(trained, tiny, script, tmp_path):
+    result = script("eval.py", "--checkpoint", trained / "models" / "BEST_checkpoint.pth.tar", "--split", "test_a",
+                    "--beam_size", 2, "--results", tmp_path / "results.json", "--write_submission",
+                    tmp_path / "submission.json")
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert results["protocol"]["split"] == "test_a" and results["protocol"]["beam_size"] == 2
+    assert {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "unfinished_captions", "true_captions",
+            "attention_in_box", "attention_in_box_by_chance"} <= results["scores"].keys()
+    for name in ("BLEU-1", "BLEU-4", "CIDEr"):
+        assert f"{results['scores'][name]:.4f}" in result.stdout
+    listed = sorted(path.name for path in tiny.glob("*test_a*/*images*/*.jpg"))
+    assert sorted(entry["image_id"] for entry in results["captions"]) == listed
+    for entry in results["captions"]:
+        assert len(entry["references"]) == 5 and entry["score"] < 0 and isinstance(entry["caption"], str)
+    submission = json.loads((tmp_path / "submission.json").read_text(encoding="utf-8"))
+    assert [(entry["image_id"] + ".jpg", entry["caption"]) for entry in submission] == [
+        (entry["image_id"], entry["caption"]) for entry in results["captions"]]
+
+
+def is_figure(path):
+    pixels = np.asarray(Image.open(path))
+    return pixels.ndim == 3 and min(pixels.shape[:2]) > 100 and pixels.std() > 10
+
+
+def test_demo_of_the_ten_pictures(trained, script, tmp_path):
+    checkpoint = trained / "models" / "BEST_checkpoint.pth.tar"
+    result = script("demo.py", "--checkpoint", checkpoint, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"out_{i}.jpg" for i in range(10)]
+    assert all(is_figure(path) for path in tmp_path.iterdir())
+    assert all(f"images/image_{i}.jpg" in result.stdout for i in range(10))
+    assert "missing from font" not in result.stderr, "a Chinese character was drawn as an empty box"
+
+
+def test_demo_of_a_folder_goes_on_past_a_broken_picture(trained, script, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("L", (90, 30), 128).save(folder / "a.png")
+    Image.new("RGB", (20, 40), "red").save(folder / "a.jpg")
+    (folder / "b.jpg").write_bytes(b"not a picture")
+    result = script("demo.py", "--checkpoint", trained / "models" / "BEST_checkpoint.pth.tar", "--image", folder,
+                    "--out", tmp_path / "out")
+    assert result.returncode == 2 and "b.jpg" in result.stdout and result.stderr.count("\n") == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["out_a.jpg.jpg", "out_a.png.jpg"]
+    assert all(is_figure(path) for path in (tmp_path / "out").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A user's mistakes: one line that says what to do, exit code 2, no traceback
+
+
+def fails(result, *parts):
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2, result.stderr
+    assert lines[-1].startswith("error: ") and "Traceback" not in result.stderr
+    for part in parts:
+        assert str(part) in lines[-1]
+
+
+@pytest.mark.parametrize("name", ["eval.py", "demo.py", "train.py"])
+def test_no_checkpoint(name, script, tmp_path, tiny_flags):
+    flags = ["--resume"] if name == "train.py" else []
+    fails(script(name, *flags, "--model_dir", tmp_path), tmp_path / "", "does not exist", "train.py")
+
+
+def broken(trained, path, change):
+    """A copy of the checkpoint with something wrong in it."""
+    checkpoint = torch.load(trained / "models" / "BEST_checkpoint.pth.tar", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+    return path
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: c["word_map"].popitem(), "not a word map"),
+    (lambda c: c["word_map"].update(extra=len(c["word_map"])), "contradicts itself"),
+    (lambda c: c.pop("decoder"), "not a checkpoint of this repo"),
+    (lambda c: c.update(version=99), "version 99"),
+    (lambda c: c["config"].update(encoder="resnet34"), "another architecture"),
+    (lambda c: c["config"].update(decoder_dim=8), "another architecture"),
+    (lambda c: c["config"].update(colour="red"), "colour"),
+])
+def test_a_checkpoint_that_does_not_fit(trained, script, tmp_path, change, message):
+    path = broken(trained, tmp_path / "bad.pth.tar", change)
+    fails(script("demo.py", "--checkpoint", path, "--out", tmp_path / "out"), message)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", "truncated", "pickle"])
+def test_a_damaged_or_hostile_checkpoint(trained, script, tmp_path, content):
+    path = tmp_path / "bad.pth.tar"
+    if content == "truncated":
+        content = (trained / "models" / "BEST_checkpoint.pth.tar").read_bytes()[:100_000]
+    if content == "pickle":
+        torch.save({"hook": print}, path)
+    else:
+        path.write_bytes(content)
+    fails(script("demo.py", "--checkpoint", path), path)
+
+
+def test_another_word_map_or_other_data(trained, tiny, script, tmp_path):
+    checkpoint = trained / "models" / "BEST_checkpoint.pth.tar"
+    fails(script("eval.py", "--checkpoint", checkpoint, "--split", "test_b"), "test_b.h5", "pre_process.py")
+    shutil.copytree(tiny, tmp_path / "data")
+    word_map = load_word_map(tiny)
+    words = [*list(word_map)[:-4], *list(word_map)[-3:]]
+    (tmp_path / "data" / "WORDMAP.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    fails(script("train.py", "--data_dir", tmp_path / "data", "--model_dir", tmp_path / "models", "--image_size", 64,
+                 "--encoder_weights", "none"), "another word map", "pre_process.py")
+    shutil.copytree(trained / "models", tmp_path / "models")
+    fails(script("train.py", "--resume", "--data_dir", tmp_path / "data", "--model_dir", tmp_path / "models",
+                 "--log_dir", tmp_path / "logs"), "another word map")
+
+
+def test_no_picture_to_caption(trained, script, tmp_path):
+    checkpoint = trained / "models" / "BEST_checkpoint.pth.tar"
+    fails(script("demo.py", "--checkpoint", checkpoint, "--image", tmp_path / "none.jpg"), "none.jpg", "--image")
+
+
+def test_a_loss_that_is_not_finite_names_step_and_pictures(tiny, tiny_flags, script, tmp_path):
+    result = script("train.py", *tiny_flags, "--model_dir", tmp_path / "models", "--log_dir", tmp_path / "logs",
+                    "--decoder_lr", 1e30, "--epochs", 3)
+    fails(result, "epoch", "step", ".jpg", "lower rates")
+    assert not list((tmp_path / "models").glob("*.tmp"))
+
+
+def test_without_a_gpu_asking_for_one_is_a_clear_error(tiny_flags, script, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    fails(script("train.py", *tiny_flags, "--device", "cuda", "--model_dir", tmp_path), "--device cuda")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def test_two_processes_give_the_losses_of_one(tiny, tiny_flags, script, tmp_path):
+    """The same global batches, so the same loss curve; without dropout, whose masks each process draws for itself."""
+    curves = []
+    for name, command in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2])):
+        result = script(*command, "train.py", *tiny_flags, "--dropout", 0, "--epochs", 2,
+                        "--model_dir", tmp_path / name, "--log_dir", tmp_path / name / "logs")
+        assert result.returncode == 0, result.stderr
+        log = run_folder(tmp_path / name) / "log.jsonl"
+        curves.append([json.loads(line) for line in log.read_text().splitlines()])
+    assert len(curves[0]) == len(curves[1]) == 2
+    for one, two in zip(*curves):
+        for part, name in (("train", "loss"), ("train", "cross_entropy"), ("train", "coverage"), ("train", "top5"),
+                           ("valid", "loss"), ("valid", "CIDEr"), ("valid", "BLEU-4")):
+            assert two[part][name] == pytest.approx(one[part][name], rel=1e-5), (part, name)
