@@ -107,9 +107,9 @@ def get_config(preset="ai_challenger", flags=None, trained=None):
         if preset not in PRESETS:
             raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not {preset!r}")
         return Config(**{**PRESETS[preset], **flags})
-    unknown = set(trained) - {field.name for field in dataclasses.fields(Config)}
+    unknown = sorted(map(str, set(trained) - {field.name for field in dataclasses.fields(Config)}))
     if unknown:
-        raise UserError(f"the checkpoint has settings this version does not know: {', '.join(sorted(map(str, unknown)))}")
+        raise UserError(f"the checkpoint has settings this version does not know: {', '.join(unknown)}")
     for name in ARCHITECTURE:
         if name in flags and flags[name] != trained.get(name):
             raise UserError(f"--{name} {flags[name]} contradicts the checkpoint, which was trained with "

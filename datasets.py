@@ -4,6 +4,7 @@ Each of the first two has one function, which preprocessing, training, evaluatio
 tokenize. The same picture file is the same array everywhere, and the same sentence the same words.
 """
 import collections
+import contextlib
 import functools
 import hashlib
 import json
@@ -197,11 +198,14 @@ class CaptionDataset(Dataset):
                         max_len=config.max_len)
         with open_split(self.path) as file:
             check_attributes(self.path, dict(file.attrs), expected)
-            self.captions = torch.from_numpy(file["captions"][:].astype(np.int64))
-            self.caption_lengths = torch.from_numpy(file["caption_lengths"][:].astype(np.int64))
-            self.image_ids = list(file["image_ids"].asstr()[:])
-            self.raw_captions = [[text for text in row if text] for row in file["raw_captions"].asstr()[:]]
-            self.shape, self.offset = file["images"].shape, file["images"].id.get_offset()
+            try:
+                self.captions = torch.from_numpy(file["captions"][:].astype(np.int64))
+                self.caption_lengths = torch.from_numpy(file["caption_lengths"][:].astype(np.int64))
+                self.image_ids = list(file["image_ids"].asstr()[:])
+                self.raw_captions = [[text for text in row if text] for row in file["raw_captions"].asstr()[:]]
+                self.shape, self.offset = file["images"].shape, file["images"].id.get_offset()
+            except (OSError, ValueError) as error:
+                raise damaged(self.path, error) from None
         if len(self.captions) and not (0 <= self.captions.min() and self.captions.max() < len(word_map)):
             raise UserError(f"{self.path} has word ids outside the word map: run pre_process.py --overwrite")
 
@@ -238,7 +242,7 @@ def open_split(path):
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise UserError(f"{path} is not a readable HDF5 file ({error}): run pre_process.py --overwrite") from None
+        raise damaged(path, error) from None
     try:
         for name, kind, ndim in (("images", np.uint8, 4), ("captions", np.int32, 3), ("caption_lengths", np.int32, 2),
                                  ("image_ids", object, 1), ("raw_captions", object, 2)):
@@ -260,8 +264,14 @@ def open_split(path):
             raise ValueError("caption lengths out of range")
     except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
         file.close()
-        raise UserError(f"{path} is not a file of pre_process.py ({error}): run pre_process.py --overwrite") from None
+        raise damaged(path, error) from None
     return file
+
+
+def damaged(path, error):
+    """The UserError for a {split}.h5 that cannot be used; HDF5's own messages run over several lines."""
+    return UserError(f"{path} is damaged, or not a file of pre_process.py ({' '.join(str(error).split())}): run "
+                     f"pre_process.py --overwrite")
 
 
 def check_attributes(path, attributes, expected):
@@ -325,10 +335,16 @@ def make_loader(dataset, config, shuffle, rank=0, world_size=1):
 
 
 def write_text(path, text):
-    """Write a small file whole or not at all: temporary name, flush, rename."""
+    """Write a small file whole or not at all: temporary name, flush, rename. Raises: UserError where it cannot."""
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

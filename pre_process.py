@@ -64,10 +64,14 @@ def main():
             word_map = load_word_map(data_dir)
         else:
             word_map = build_word_map((words for captions in tokens for words in captions), config.min_word_freq)
+            for split in done:
+                with open_split(data_dir / f"{split}.h5") as file:
+                    check_attributes(Path(file.filename), dict(file.attrs),
+                                     {"word_map_digest": word_map_digest(word_map)})
             write_text(data_dir / "WORDMAP.json", json.dumps(word_map, ensure_ascii=False))
         report_path = data_dir / "pre_process.json"
-        report = json.loads(report_path.read_text(encoding="utf-8")) if done and report_path.exists() else {}
-        report.update(vocabulary=len(word_map), jieba_version=jieba.__version__, splits=report.get("splits", {}))
+        report = dict(vocabulary=len(word_map), jieba_version=jieba.__version__,
+                      splits=read_report(report_path, done))
         for split, source in sources.items():
             if split not in done:
                 if split != "train":
@@ -112,7 +116,7 @@ def find_sources(config):
         if not annotations.exists() and split in ("train", "valid"):
             raise UserError(f"{annotations} does not exist: {root}/ is incomplete; remove it and extract {archive} "
                             f"again")
-        sources[split] = read_source(folder, annotations, config)
+        sources[split] = read_source(folder, annotations, config, split in ("train", "valid"))
     return sources
 
 
@@ -134,8 +138,8 @@ def extract_archive(archive, folder):
             members = {}
             for member in file.infolist():
                 parts = PurePosixPath(member.filename.replace("\\", "/")).parts
-                if stat.S_ISLNK(member.external_attr >> 16) or ".." in parts or not parts or parts[0] == "/" \
-                        or ":" in parts[0] or "\0" in member.filename:
+                if stat.S_ISLNK(member.external_attr >> 16) or ".." in parts or not parts \
+                        or parts[0].startswith("/") or ":" in parts[0] or "\0" in member.filename:
                     raise UserError(f"{archive}: member {member.filename!r} points outside its folder; refused. "
                                     f"Get the archive from its publisher")
                 parts = parts[1:] if parts[0] == folder.name else parts
@@ -169,14 +173,14 @@ def extract_archive(archive, folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_source(folder, annotations, config):
+def read_source(folder, annotations, config, annotated):
     """Read one split's annotations: AI Challenger's list, COCO's object, or (a test split) none at all.
 
-    Captions that are empty are left out, and those beyond captions_per_image. A picture of an annotated split without
+    Captions without a word are left out, and those beyond captions_per_image. A picture of an annotated split without
     any caption is left out too.
 
     Args:
-        folder (Path): of pictures. annotations (Path). config (Config).
+        folder (Path): of pictures. annotations (Path). config (Config). annotated (bool): there must be captions.
     Returns:
         dict: see find_sources.
     Raises:
@@ -187,15 +191,18 @@ def read_source(folder, annotations, config):
         entries = parse_annotations(content, annotations)
     else:
         names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+        for name in names:
+            if not is_file_name(name):
+                raise UserError(f"{folder}: the name of {name!r} is not UTF-8; rename or remove it")
         content = "\n".join(names).encode()
         entries = {name: [] for name in names}
     source = dict(folder=folder, image_ids=[], captions=[], empty=0, extra=0, no_caption=0,
                   digest=hashlib.sha256(content).hexdigest())
-    annotated = any(entries.values())
+    annotated = annotated or any(entries.values())
     for image_id, captions in entries.items():
         # HDF5 strings end at NUL, and a lone surrogate is not text in any encoding.
         captions = [caption.replace("\0", "").encode("utf-8", "replace").decode().strip() for caption in captions]
-        filled = [caption for caption in captions if caption]
+        filled = [caption for caption in captions if caption.replace("。", "").strip()]
         source["empty"] += len(captions) - len(filled)
         source["extra"] += max(len(filled) - config.captions_per_image, 0)
         if annotated and not filled:
@@ -256,12 +263,18 @@ def parse_annotations(content, path):
             pairs.append((entry["image_id"], entry["caption"]))
     entries = {}
     for number, (name, captions) in enumerate(pairs):
-        check(isinstance(name, str) and name and name not in (".", "..") and not set(name) & set("/\\\0")
-              and len(os.fsencode(name.encode("utf-8", "replace").decode())) < 256,
-              f"entry {number}: {name!r} is not a picture's file name")
+        check(isinstance(name, str) and is_file_name(name), f"entry {number}: {name!r} is not a picture's file name")
         check(name not in entries, f"entry {number} lists {name!r} a second time")
         entries[name] = captions
     return entries
+
+
+def is_file_name(name):
+    """Whether a file of this folder, and of no other, can have this name, in UTF-8."""
+    try:
+        return 0 < len(name.encode()) < 256 and name not in (".", "..") and not set(name) & set("/\\\0")
+    except UnicodeEncodeError:
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,6 +294,17 @@ def is_done(config, split, expected):
         check_attributes(path, dict(file.attrs), expected)
         check_attributes(path, dict(file.attrs), {"word_map_digest": word_map_digest(load_word_map(config.data_dir))})
     return True
+
+
+def read_report(path, done):
+    """What pre_process.json says of the splits, where some are done already. Returns: dict, split -> dict of counts."""
+    if not done or not path.exists():
+        return {}
+    try:
+        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        return {split: dict(counts) for split, counts in splits.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): remove it, or make all again with --overwrite") from None
 
 
 def tokenize_all(pool, captions, split):
@@ -313,6 +337,8 @@ def write_split(pool, config, split, source, tokens, word_map, attributes):
     """
     path = Path(config.data_dir) / f"{split}.h5"
     temporary = path.with_name(f"{path.name}.tmp")
+    for stale in path.parent.glob(f"{temporary.name}*"):  # of a run that was killed; perhaps most of the disk
+        stale.unlink()
     size, n, k = config.image_size, len(source["image_ids"]), config.captions_per_image
     need_space(path.parent, n * (size * size * 3 + k * (4 * config.max_len + 200)), f"for {path}")
 
@@ -345,9 +371,10 @@ def write_split(pool, config, split, source, tokens, word_map, attributes):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        full = error.errno == errno.ENOSPC or f"errno = {errno.ENOSPC}" in str(error)
-        raise UserError(f"{path} could not be written ({'the disk is full' if full else error})") from None
+    except (OSError, RuntimeError) as error:  # the latter from h5py, where closing the file fails too
+        full = getattr(error, "errno", None) == errno.ENOSPC or f"errno = {errno.ENOSPC}" in str(error)
+        reason = "the disk is full" if full else " ".join(str(error).split())
+        raise UserError(f"{path} could not be written ({reason})") from None
     finally:
         temporary.unlink(missing_ok=True)
     return dict(pictures=len(good), bad_pictures=bad, pictures_without_caption=source["no_caption"], **counts,

@@ -251,7 +251,6 @@ class Background(NamedTuple):
 
 
 class Kind(NamedTuple):
-    classifier: str
     draw: Callable
     aspect: float  # width / height
     zone: str
@@ -264,14 +263,14 @@ ZONES = {  # where a thing's upper edge (sky) or lower edge may be, and how far 
     "swim": (0.82, 0.97, 14),
 }
 KINDS = {
-    "房子": Kind("座", house, 1.0, "ground"),
-    "汽车": Kind("辆", car, 1.5, "ground"),
-    "松树": Kind("棵", pine, 0.75, "ground"),
-    "鲜花": Kind("朵", flower, 0.68, "ground"),
-    "气球": Kind("个", balloon, 0.68, "sky"),
-    "风筝": Kind("只", kite, 0.75, "sky"),
-    "帆船": Kind("艘", boat, 0.95, "float"),
-    "小鱼": Kind("条", fish, 1.35, "swim"),
+    "房子": Kind(house, 1.0, "ground"),
+    "汽车": Kind(car, 1.5, "ground"),
+    "松树": Kind(pine, 0.75, "ground"),
+    "鲜花": Kind(flower, 0.68, "ground"),
+    "气球": Kind(balloon, 0.68, "sky"),
+    "风筝": Kind(kite, 0.75, "sky"),
+    "帆船": Kind(boat, 0.95, "float"),
+    "小鱼": Kind(fish, 1.35, "swim"),
 }
 BACKGROUNDS = {
     "meadow": Background(
@@ -346,22 +345,22 @@ BACKGROUNDS = {
 
 
 # ---- sentences -------------------------------------------------------------------------------------------------------
-# Sentences are written and judged from this one table. A capital is 一辆红色的汽车, its small letter 红色的汽车, P and
-# N the place. The letters beside a template are what it claims, from left to right. One that claims nothing still names
-# its things from left to right when it is written, so that a captioner has an order to learn; is_true() takes any.
+# Sentences are written and judged from this one table. a, b, c are things (红色的汽车), P and N the place. The letters
+# beside a template are what it claims, from left to right. One that claims nothing still names its things in that
+# order when it is written, so that a captioner has an order to learn; is_true() takes any. No thing has its classifier
+# (一辆): the noun would follow from it, and nobody would have to look.
 TEMPLATES = (
-    ("{P}有{A}和{B}", ""),
-    ("{P}有{A}、{B}和{C}", ""),
-    ("这是一幅{N}的画，画里有{A}和{B}", ""),
-    ("这是一幅{N}的画，画里有{A}、{B}和{C}", ""),
-    ("画里有{A}和{B}，背景是{N}", ""),
-    ("画里有{A}、{B}和{C}，背景是{N}", ""),
-    ("{P}有{A}，它的右边是{B}", "AB"),
-    ("左边是{A}，右边是{B}", "AB"),
-    ("{a}在{b}的左边", "AB"),
-    ("{a}在{b}的右边", "BA"),
-    ("{b}的左边有{A}", "AB"),
-    ("{b}的右边有{A}", "BA"),
+    ("{P}有{a}和{b}", ""),
+    ("{P}有{a}、{b}和{c}", ""),
+    ("画里有{a}和{b}，背景是{N}", ""),
+    ("画里有{a}、{b}和{c}，背景是{N}", ""),
+    ("{P}有{a}，它的右边是{b}", "ab"),
+    ("左边是{a}，右边是{b}", "ab"),
+    ("{a}在{b}的左边", "ab"),
+    ("{a}在{b}的右边", "ba"),
+    ("{b}的左边有{a}", "ab"),
+    ("{b}的右边有{a}", "ba"),
+    ("左边的{a_thing}是{a_colour}的，右边的{b_thing}是{b_colour}的", "ab"),
 )
 
 
@@ -371,13 +370,13 @@ def _sentences(scene):
     things = sorted(scene["things"], key=lambda thing: thing["box"][0] + thing["box"][2])
     for template in TEMPLATES:
         text, claim = template
-        slots = claim or sorted(set("ABC") & set(text))
+        slots = claim or sorted(set("abc") & set(text))
         for named in permutations(range(len(things)), len(slots)):
             if not claim or named == tuple(sorted(named)):
                 words = {"P": place.on, "N": place.noun}
                 for slot, thing in zip(slots, (things[i] for i in named)):
-                    words[slot.lower()] = f"{thing['colour']}的{thing['thing']}"
-                    words[slot] = f"一{KINDS[thing['thing']].classifier}{words[slot.lower()]}"
+                    words[slot] = f"{thing['colour']}的{thing['thing']}"
+                    words |= {f"{slot}_thing": thing["thing"], f"{slot}_colour": thing["colour"]}
                 yield template, named, text.format(**words)
 
 

@@ -19,7 +19,9 @@ def another(field):
         return "resnet18"
     if field.type is str:
         return f"{field.default}2"
-    return not field.default if field.type is bool else field.type(field.default * 0.5 + 1)
+    if field.type is bool:
+        return not field.default
+    return field.default + 1 if field.type is int else field.default / 2
 
 
 def on_the_command_line(value):

@@ -1,22 +1,22 @@
 """The four scripts end to end, as a user calls them, on a few tiny drawn pictures; every output is looked into."""
 import json
 import shutil
-from pathlib import Path
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, error_line, script
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from config import UserError, parse_args
 from datasets import load_word_map
-from utils import load_checkpoint
-
-ROOT = Path(__file__).parent.parent
-
+from utils import load_checkpoint, open_checkpoint
 
 @pytest.fixture(scope="session")
-def trained(tiny, tiny_flags, script, tmp_path_factory):
+def trained(tiny, tiny_flags, tmp_path_factory):
     """A model after two epochs: its folder, with models/ and logs/."""
     folder = tmp_path_factory.mktemp("trained")
     result = script("train.py", *tiny_flags, "--model_dir", folder / "models", "--log_dir", folder / "logs",
@@ -66,7 +66,7 @@ def test_training_logs_everything(trained):
     assert events.Tags()["images"] and all(image.width > 200 for image in events.Images(events.Tags()["images"][0]))
 
 
-def test_resumed_equals_uninterrupted(trained, tiny_flags, script, tmp_path):
+def test_resumed_equals_uninterrupted(trained, tiny_flags, tmp_path):
     """One epoch, then --resume for the second, is bit for bit the run of two epochs."""
     folders = ["--model_dir", tmp_path / "models", "--log_dir", tmp_path / "logs"]
     assert script("train.py", *tiny_flags, *folders, "--epochs", 1).returncode == 0
@@ -82,7 +82,7 @@ def test_resumed_equals_uninterrupted(trained, tiny_flags, script, tmp_path):
     assert logs[0] == logs[1]
 
 
-def test_a_new_rate_takes_effect_on_resume_and_a_new_architecture_is_refused(trained, script, tmp_path):
+def test_a_new_rate_takes_effect_on_resume_and_a_new_architecture_is_refused(trained, tmp_path):
     shutil.copytree(trained / "models", tmp_path / "models")
     folders = ["--model_dir", tmp_path / "models", "--log_dir", tmp_path / "logs"]
     result = script("train.py", "--resume", *folders, "--epochs", 3, "--decoder_lr", 0.00321)
@@ -95,7 +95,7 @@ def test_a_new_rate_takes_effect_on_resume_and_a_new_architecture_is_refused(tra
     assert finished.returncode == 0 and "Finished (all 3 epochs done)" in finished.stdout
 
 
-def test_fine_tuning_can_be_turned_on_later(trained, script, tmp_path):
+def test_fine_tuning_can_be_turned_on_later(trained, tmp_path):
     shutil.copytree(trained / "models", tmp_path / "models")
     before = load_checkpoint(tmp_path / "models" / "checkpoint.pth.tar")
     result = script("train.py", "--resume", "--model_dir", tmp_path / "models", "--log_dir", tmp_path / "logs",
@@ -105,7 +105,7 @@ def test_fine_tuning_can_be_turned_on_later(trained, script, tmp_path):
     assert not torch.equal(before["encoder"]["resnet.7.0.conv1.weight"], after["encoder"]["resnet.7.0.conv1.weight"])
 
 
-def test_evaluation(trained, tiny, script, tmp_path):
+def test_evaluation(trained, tiny, tmp_path):
     result = script("eval.py", "--checkpoint", trained / "models" / "BEST_checkpoint.pth.tar", "--split", "test_a",
                     "--beam_size", 2, "--results", tmp_path / "results.json", "--write_submission",
                     tmp_path / "submission.json")
@@ -130,7 +130,7 @@ def is_figure(path):
     return pixels.ndim == 3 and min(pixels.shape[:2]) > 100 and pixels.std() > 10
 
 
-def test_demo_of_the_ten_pictures(trained, script, tmp_path):
+def test_demo_of_the_ten_pictures(trained, tmp_path):
     checkpoint = trained / "models" / "BEST_checkpoint.pth.tar"
     result = script("demo.py", "--checkpoint", checkpoint, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
@@ -140,7 +140,7 @@ def test_demo_of_the_ten_pictures(trained, script, tmp_path):
     assert "missing from font" not in result.stderr, "a Chinese character was drawn as an empty box"
 
 
-def test_demo_of_a_folder_goes_on_past_a_broken_picture(trained, script, tmp_path):
+def test_demo_of_a_folder_goes_on_past_a_broken_picture(trained, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     Image.new("L", (90, 30), 128).save(folder / "a.png")
@@ -158,25 +158,14 @@ def test_demo_of_a_folder_goes_on_past_a_broken_picture(trained, script, tmp_pat
 
 
 def fails(result, *parts):
-    lines = result.stderr.strip().splitlines()
-    assert result.returncode == 2, result.stderr
-    assert lines[-1].startswith("error: ") and "Traceback" not in result.stderr
-    for part in parts:
-        assert str(part) in lines[-1]
+    line = error_line(result.stderr)
+    assert result.returncode == 2 and all(str(part) in line for part in parts), line
 
 
 @pytest.mark.parametrize("name", ["eval.py", "demo.py", "train.py"])
-def test_no_checkpoint(name, script, tmp_path, tiny_flags):
+def test_no_checkpoint(name, tmp_path, tiny_flags):
     flags = ["--resume"] if name == "train.py" else []
     fails(script(name, *flags, "--model_dir", tmp_path), tmp_path / "", "does not exist", "train.py")
-
-
-def broken(trained, path, change):
-    """A copy of the checkpoint with something wrong in it."""
-    checkpoint = torch.load(trained / "models" / "BEST_checkpoint.pth.tar", weights_only=True)
-    change(checkpoint)
-    torch.save(checkpoint, path)
-    return path
 
 
 @pytest.mark.parametrize("change, message", [
@@ -187,26 +176,36 @@ def broken(trained, path, change):
     (lambda c: c["config"].update(encoder="resnet34"), "another architecture"),
     (lambda c: c["config"].update(decoder_dim=8), "another architecture"),
     (lambda c: c["config"].update(colour="red"), "colour"),
+    (lambda c: c["config"].update(dropout="much"), "dropout"),
 ])
-def test_a_checkpoint_that_does_not_fit(trained, script, tmp_path, change, message):
-    path = broken(trained, tmp_path / "bad.pth.tar", change)
-    fails(script("demo.py", "--checkpoint", path, "--out", tmp_path / "out"), message)
-    assert not list((tmp_path / "out").glob("*"))
-
-
-@pytest.mark.parametrize("content", [b"", b"garbage", "truncated", "pickle"])
-def test_a_damaged_or_hostile_checkpoint(trained, script, tmp_path, content):
+def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path, change, message):
+    checkpoint = torch.load(trained / "models" / "BEST_checkpoint.pth.tar", weights_only=True)
+    change(checkpoint)
     path = tmp_path / "bad.pth.tar"
-    if content == "truncated":
-        content = (trained / "models" / "BEST_checkpoint.pth.tar").read_bytes()[:100_000]
-    if content == "pickle":
-        torch.save({"hook": print}, path)
-    else:
-        path.write_bytes(content)
-    fails(script("demo.py", "--checkpoint", path), path)
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match=message):
+        open_checkpoint(parse_args("", {"checkpoint": {}}, ["--checkpoint", str(path)]))
 
 
-def test_another_word_map_or_other_data(trained, tiny, script, tmp_path):
+@pytest.mark.parametrize("content", ["empty", "garbage", "truncated", "pickle", "list"])
+def test_a_damaged_or_hostile_checkpoint_is_refused(trained, tmp_path, content):
+    path = tmp_path / "bad.pth.tar"
+    whole = (trained / "models" / "BEST_checkpoint.pth.tar").read_bytes()
+    path.write_bytes({"garbage": b"garbage", "truncated": whole[:100_000]}.get(content, b""))
+    if content in ("pickle", "list"):
+        torch.save({"hook": print} if content == "pickle" else [1, 2], path)
+    with pytest.raises(UserError, match="bad.pth.tar"):
+        load_checkpoint(path)
+
+
+def test_a_bad_checkpoint_as_the_scripts_tell_it(trained, tmp_path):
+    path = tmp_path / "bad.pth.tar"
+    path.write_bytes(b"garbage")
+    for name in ("demo.py", "eval.py"):
+        fails(script(name, "--checkpoint", path), path)
+
+
+def test_another_word_map_or_other_data(trained, tiny, tmp_path):
     checkpoint = trained / "models" / "BEST_checkpoint.pth.tar"
     fails(script("eval.py", "--checkpoint", checkpoint, "--split", "test_b"), "test_b.h5", "pre_process.py")
     shutil.copytree(tiny, tmp_path / "data")
@@ -220,19 +219,19 @@ def test_another_word_map_or_other_data(trained, tiny, script, tmp_path):
                  "--log_dir", tmp_path / "logs"), "another word map")
 
 
-def test_no_picture_to_caption(trained, script, tmp_path):
+def test_no_picture_to_caption(trained, tmp_path):
     checkpoint = trained / "models" / "BEST_checkpoint.pth.tar"
     fails(script("demo.py", "--checkpoint", checkpoint, "--image", tmp_path / "none.jpg"), "none.jpg", "--image")
 
 
-def test_a_loss_that_is_not_finite_names_step_and_pictures(tiny, tiny_flags, script, tmp_path):
+def test_a_loss_that_is_not_finite_names_step_and_pictures(tiny, tiny_flags, tmp_path):
     result = script("train.py", *tiny_flags, "--model_dir", tmp_path / "models", "--log_dir", tmp_path / "logs",
                     "--decoder_lr", 1e30, "--epochs", 3)
     fails(result, "epoch", "step", ".jpg", "lower rates")
     assert not list((tmp_path / "models").glob("*.tmp"))
 
 
-def test_without_a_gpu_asking_for_one_is_a_clear_error(tiny_flags, script, tmp_path):
+def test_without_a_gpu_asking_for_one_is_a_clear_error(tiny_flags, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     fails(script("train.py", *tiny_flags, "--device", "cuda", "--model_dir", tmp_path), "--device cuda")
@@ -242,12 +241,14 @@ def test_without_a_gpu_asking_for_one_is_a_clear_error(tiny_flags, script, tmp_p
 # Several processes
 
 
-def test_two_processes_give_the_losses_of_one(tiny, tiny_flags, script, tmp_path):
+def test_two_processes_give_the_losses_of_one(tiny, tiny_flags, tmp_path):
     """The same global batches, so the same loss curve; without dropout, whose masks each process draws for itself."""
+    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]}
     curves = []
-    for name, command in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2])):
-        result = script(*command, "train.py", *tiny_flags, "--dropout", 0, "--epochs", 2,
-                        "--model_dir", tmp_path / name, "--log_dir", tmp_path / name / "logs")
+    for name, launcher in launchers.items():
+        command = [sys.executable, *launcher, "train.py", *tiny_flags, "--dropout", "0", "--model_dir",
+                   str(tmp_path / name), "--log_dir", str(tmp_path / name / "logs")]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         log = run_folder(tmp_path / name) / "log.jsonl"
         curves.append([json.loads(line) for line in log.read_text().splitlines()])
@@ -256,3 +257,25 @@ def test_two_processes_give_the_losses_of_one(tiny, tiny_flags, script, tmp_path
         for part, name in (("train", "loss"), ("train", "cross_entropy"), ("train", "coverage"), ("train", "top5"),
                            ("valid", "loss"), ("valid", "CIDEr"), ("valid", "BLEU-4")):
             assert two[part][name] == pytest.approx(one[part][name], rel=1e-5), (part, name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real run
+
+
+def test_the_ai_challenger_preset_at_its_full_size(tiny, tmp_path):
+    """ResNet-101, 256 pixels, 14x14 and 512 dimensions, through all four scripts; only the weights are random."""
+    for archive in tiny.glob("*.zip"):
+        shutil.copy(archive, tmp_path)
+    folders = ["--data_dir", tmp_path, "--model_dir", tmp_path / "models", "--log_dir", tmp_path / "logs"]
+    script("pre_process.py", *folders, "--min_word_freq", 1, check=0)
+    script("train.py", *folders, "--encoder_weights", "none", "--epochs", 1, "--batch_size", 4, check=0)
+    flags = ["--model_dir", tmp_path / "models"]
+    script("eval.py", *flags, "--split", "test_a", check=0)
+    results = json.loads((tmp_path / "models" / "results_test_a_beam3.json").read_text(encoding="utf-8"))
+    assert len(results["captions"]) == 4
+    script("demo.py", *flags, "--image", "images/image_0.jpg", "--out", tmp_path / "out", check=0)
+    assert is_figure(tmp_path / "out" / "out_0.jpg")
+    config = load_checkpoint(tmp_path / "models" / "BEST_checkpoint.pth.tar")["config"]
+    assert (config["encoder"], config["image_size"], config["encoded_image_size"]) == ("resnet101", 256, 14)
+    assert config["emb_dim"] == config["attention_dim"] == config["decoder_dim"] == 512

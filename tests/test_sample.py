@@ -1,0 +1,234 @@
+"""The sample set: what is drawn, what is said of it, and what its boxes can tell."""
+import itertools
+import json
+import re
+import zipfile
+from io import BytesIO
+
+import numpy as np
+import pytest
+from conftest import error_line, files_under, script
+from PIL import Image
+
+from data.sample import BACKGROUNDS, COLOURS, KINDS, attention_peak_hits, draw_scene, is_true, write_captions
+from datasets import tokenize
+
+LAYOUT = {
+    "ai_challenger_caption_train_20170902":
+        ("caption_train_images_20170902", "caption_train_annotations_20170902.json", 6),
+    "ai_challenger_caption_validation_20170910":
+        ("caption_validation_images_20170910", "caption_validation_annotations_20170910.json", 2),
+    "ai_challenger_caption_test_a_20180103":
+        ("caption_test_a_images_20180103", "caption_test_a_annotations_20180103.json", 3),
+}
+DRAW = ("data/sample.py", "--train", 6, "--valid", 2, "--test", 3, "--size", 48)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn")
+    script(*DRAW, "--seed", 3, "--out", folder, check=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """50 scenes with their five captions. Returns: list of (dict, list of str)."""
+    splits = itertools.cycle(("train", "valid", "test_a"))
+    drawn = [draw_scene(1, split, index, 32)[1] for index, split in zip(range(50), splits)]
+    return [(scene, write_captions(scene, np.random.default_rng(index))) for index, scene in enumerate(drawn)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_the_layout_is_ai_challengers(drawn):
+    assert set(files_under(drawn)) == {f"{root}.zip" for root in LAYOUT} | {"scenes.json"}
+    scenes = json.loads((drawn / "scenes.json").read_text("utf-8"))
+    names = []
+    for root, (pictures, annotations, count) in LAYOUT.items():
+        with zipfile.ZipFile(drawn / f"{root}.zip") as archive:
+            files = [re.fullmatch(rf"{root}/{pictures}/([0-9a-f]{{40}}\.jpg)", name) for name in archive.namelist()
+                     if name != f"{root}/{annotations}"]
+            assert all(files) and len(files) == count == len(archive.namelist()) - 1
+            listed = json.loads(archive.read(f"{root}/{annotations}").decode("utf-8"))
+            with Image.open(BytesIO(archive.read(files[0].string))) as picture:
+                assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (48, 48))
+        if "test" in root:
+            captions = {image["file_name"]: [note["caption"] for note in listed["annotations"]
+                                             if note["image_id"] == image["id"]] for image in listed["images"]}
+        else:
+            assert all(entry.keys() == {"url", "image_id", "caption"} for entry in listed)
+            captions = {entry["image_id"]: entry["caption"] for entry in listed}
+        assert captions.keys() == {file[1] for file in files}
+        for name, sentences in captions.items():
+            assert len(sentences) == 5 and all(is_true(sentence, scenes[name]) for sentence in sentences)
+        names += captions
+    assert sorted(names) == sorted(scenes)
+
+
+def test_the_seed_decides_every_byte(drawn, tmp_path):
+    script(*DRAW, "--seed", 3, "--out", tmp_path / "same", check=0)
+    assert files_under(tmp_path / "same") == files_under(drawn)
+    script(*DRAW, "--seed", 4, "--out", tmp_path / "other", check=0)
+    other = files_under(tmp_path / "other")
+    assert other.keys() == files_under(drawn).keys()
+    assert all(other[name] != content for name, content in files_under(drawn).items())
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--size", "31"], "--size"), (["--train", "-1"], "--train"), (["--seed", "-1"], "--seed"),
+    (["--valid", "few"], "--valid"), (["--tra", "5"], "--tra"), (["--colour", "red"], "--colour"), (["5"], "5"),
+    (["--test"], "--test"), (["--out", "file"], "file"), (["--out", "file/below"], "file"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_arguments_end_in_one_line(flags, named, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = script("data/sample.py", *flags, cwd=tmp_path, check=2)
+    assert named in error_line(done.stderr) and len(done.stderr.splitlines()) == 1
+    assert files_under(tmp_path) == {"file": b""}
+
+
+@pytest.mark.parametrize("arguments", [(0, "test_b", 0, 64), (-1, "train", 0, 64), (0, "train", -1, 64),
+                                       (0, "train", 0, 31)])
+def test_a_scene_that_cannot_be_drawn(arguments):
+    with pytest.raises(ValueError):
+        draw_scene(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes and sentences
+
+
+def test_boxes_lie_within_the_picture_and_sides_are_clear(scenes):
+    for scene, _ in scenes:
+        assert scene["background"] in BACKGROUNDS and 2 <= len(scene["things"]) <= 3
+        assert len({thing["thing"] for thing in scene["things"]}) == len(scene["things"])
+        for thing in scene["things"]:
+            x0, y0, x1, y1 = thing["box"]
+            assert 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
+            assert thing["thing"] in KINDS and thing["colour"] in COLOURS
+        for one, other in itertools.combinations(scene["things"], 2):
+            assert abs(sum(one["box"][::2]) - sum(other["box"][::2])) > 0.2
+
+
+def test_a_thing_has_its_colour_where_its_box_is():
+    for index in range(20):
+        image, scene = draw_scene(2, "train", index, 128)
+        pixels = np.asarray(image, int)
+        for thing in scene["things"]:
+            x0, y0, x1, y1 = (round(128 * edge) for edge in thing["box"])
+            near = np.abs(pixels - COLOURS[thing["colour"]]).sum(axis=2) < 90
+            assert near[y0:y1, x0:x1].mean() > 0.08, (index, thing)
+
+
+def test_every_caption_is_true(scenes):
+    for scene, captions in scenes:
+        assert len(captions) == 5
+        for caption in captions:
+            assert is_true(caption, scene), caption
+            assert is_true(f" {caption} 。", scene)
+
+
+def test_captions_name_places_and_sides(scenes):
+    for scene, captions in scenes:
+        place, sides = BACKGROUNDS[scene["background"]], ("左边", "右边")
+        assert sum(place.on in caption or place.noun in caption for caption in captions) >= 2
+        assert sum(any(side in caption for side in sides) for caption in captions) >= 2
+
+
+def lies(caption, scene):
+    """What the caption would be with one claim swapped, so that it is false of the scene."""
+    for thing in scene["things"]:
+        phrase = f"{thing['colour']}的{thing['thing']}"
+        if phrase in caption:
+            for colour in COLOURS.keys() - {thing["colour"]}:
+                yield caption.replace(phrase, f"{colour}的{thing['thing']}")
+            for kind in KINDS.keys() - {thing["thing"] for thing in scene["things"]}:
+                yield caption.replace(phrase, f"{thing['colour']}的{kind}")
+    here = BACKGROUNDS[scene["background"]]
+    for place in BACKGROUNDS.values():
+        if place is not here:
+            for mine, its in ((here.on, place.on), (here.noun, place.noun)):
+                if mine in caption:
+                    yield caption.replace(mine, its)
+    if "左边" in caption or "右边" in caption:
+        yield caption.translate(str.maketrans("左右", "右左"))
+
+
+def test_a_caption_with_one_claim_swapped_is_not_true(scenes):
+    told = 0
+    for scene, captions in scenes:
+        for caption in captions:
+            for lie in lies(caption, scene):
+                assert lie != caption and not is_true(lie, scene), (lie, scene)
+                told += 1
+    assert told > 10 * 5 * len(scenes)
+
+
+@pytest.mark.parametrize("caption", ["", "。", "红色的汽车", "画里有", "<unk>"])
+def test_what_is_no_sentence_is_not_true(caption, scenes):
+    assert not any(is_true(caption, scene) for scene, _ in scenes)
+
+
+def test_half_a_caption_is_not_true(scenes):
+    assert not any(is_true(caption[:-1], scene) for scene, captions in scenes for caption in captions)
+
+
+def test_jieba_leaves_things_colours_and_sides_whole(scenes):
+    for _, captions in scenes:
+        for caption in captions:
+            words = tokenize(caption)
+            for name in (*KINDS, *COLOURS, "左边", "右边"):
+                assert words.count(name) == caption.count(name), (name, words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+SCENE = {"split": "train", "background": "meadow",
+         "things": [{"thing": "汽车", "colour": "红色", "box": [0, 0.5, 0.5, 1]},
+                    {"thing": "气球", "colour": "蓝色", "box": [0.75, 0, 1, 0.25]}]}
+WORDS = ["一辆", "红色", "的", "汽车", "和", "气球"]
+
+
+def peaks(*cells):
+    """A map of 8 x 8 for each word of WORDS, with its peak at (row, column)."""
+    alphas = np.full((len(WORDS), 8, 8), 0.5 / 63)
+    for alpha, cell in zip(alphas, cells, strict=True):
+        alpha[cell] = 0.5
+    return alphas
+
+
+def test_peaks_in_the_boxes_are_hits():
+    hits, total, chance = attention_peak_hits(WORDS, peaks((0, 0), (0, 0), (0, 0), (7, 0), (0, 0), (1, 7)), SCENE)
+    assert (hits, total) == (2, 2)
+    assert chance == pytest.approx(0.25 + 4 / 64)
+
+
+def test_peaks_elsewhere_are_not():
+    hits, total, chance = attention_peak_hits(WORDS, peaks(*[(7, 0)] * 3, (1, 7), (0, 0), (7, 0)), SCENE)
+    assert (hits, total) == (0, 2)
+    assert 0 < chance < 2
+
+
+def test_one_of_two():
+    assert attention_peak_hits(WORDS, peaks(*[(7, 0)] * 6), SCENE)[:2] == (1, 2)
+
+
+def test_only_words_that_name_a_thing_of_the_scene_count():
+    assert attention_peak_hits(["房子", "红色", "汽"], peaks(*[(7, 0)] * 6)[:3], SCENE) == (0, 0, 0)
+    assert attention_peak_hits([], np.zeros((0, 8, 8)), SCENE) == (0, 0, 0)
+
+
+def test_chance_is_what_random_peaks_hit():
+    rng = np.random.default_rng(0)
+    drawn = [attention_peak_hits(WORDS, rng.random((len(WORDS), 8, 8)), SCENE) for _ in range(2000)]
+    assert np.mean([hits for hits, _, _ in drawn]) == pytest.approx(drawn[0][2], abs=0.05)
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 8), (6, 64), (6,), (7, 8, 8)])
+def test_maps_that_do_not_belong_to_the_words(shape):
+    with pytest.raises(ValueError):
+        attention_peak_hits(WORDS, np.ones(shape), SCENE)
