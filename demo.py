@@ -17,6 +17,7 @@ from skimage.transform import pyramid_expand
 from config import UserError, parse_args, run
 from datasets import PICTURE_SUFFIXES, BadPicture, open_picture, read_image
 from eval import encode, generate, positive
+from models import pixel_positions
 from utils import open_checkpoint
 
 FONT = FontProperties(fname=str(Path(mplfonts.__file__).parent / "fonts" / "NotoSansCJKsc-Regular.otf"))
@@ -35,6 +36,7 @@ def main():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
+    positions = pixel_positions(config.image_size, config.encoded_image_size)
     bad = 0
     for path, name in zip(paths, figure_names(paths)):
         try:
@@ -45,7 +47,7 @@ def main():
             continue
         grid = encode(encoder, torch.from_numpy(image)[None].to(device))
         caption, = generate(decoder, grid, torch.tensor([0]), config, checkpoint["word_map"], args.beam_size)
-        save_figure(draw_attention(open_picture(path), caption["words"], caption["alphas"]), out / name)
+        save_figure(draw_attention(open_picture(path), caption["words"], caption["alphas"], positions), out / name)
         print(f"{path}\t{''.join(caption['words'])}\t{caption['score']:.3f}\t-> {out / name}"
               + ("" if caption["ended"] else "\t(never ended)"))
     if bad:
@@ -78,11 +80,12 @@ def figure_names(paths):
             for path in paths]
 
 
-def draw_attention(picture, words, alphas):
+def draw_attention(picture, words, alphas, positions):
     """The picture, then for each word the picture with the attention of that word laid over it.
 
     Args:
         picture (PIL.Image): RGB. words (list of str). alphas (float array (len(words), s, s)).
+        positions (float array (s,)): of pixel_positions.
     Returns:
         matplotlib.figure.Figure
     """
@@ -90,6 +93,8 @@ def draw_attention(picture, words, alphas):
     picture.thumbnail((384, 384))
     pixels = np.asarray(picture)
     gray = np.asarray(picture.convert("L"))
+    pitch = positions[1] - positions[0] if len(positions) > 1 else 1.0
+    first, last = positions[0] - 1.5 * pitch, positions[-1] + 1.5 * pitch  # the edges of the map below
     columns = min(TILES_A_ROW, len(words) + 1)
     rows = -(-(len(words) + 1) // columns)
     width, height = 1.9 * columns, (1.9 * picture.height / picture.width + 0.35) * rows + 0.5
@@ -105,9 +110,11 @@ def draw_attention(picture, words, alphas):
             axis.imshow(pixels)
         else:
             axis.imshow(gray, cmap="gray", vmin=0, vmax=255)
-            smooth = pyramid_expand(alpha, upscale=16, sigma=8)
-            # The map belongs to the squashed square the model saw; the extent stretches it back over the picture.
-            axis.imshow(smooth, cmap="jet", alpha=0.5, extent=(-0.5, picture.width - 0.5, picture.height - 0.5, -0.5))
+            # A rim, since the outer pixels' centres lie inside the picture; what of it lies outside is not shown.
+            smooth = pyramid_expand(np.pad(alpha, 1, mode="edge"), upscale=16, sigma=8)
+            axis.imshow(smooth, cmap="jet", alpha=0.5, extent=(first * picture.width, last * picture.width,
+                                                               last * picture.height, first * picture.height))
+            axis.set(xlim=(0, picture.width), ylim=(picture.height, 0))
     figure.tight_layout(pad=0.4)
     return figure
 

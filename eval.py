@@ -19,7 +19,7 @@ from tqdm import tqdm
 from config import parse_args, run
 from data.sample import attention_peak_hits, is_true
 from datasets import CaptionDataset, decode_caption, make_loader, tokenize, word_list, write_text
-from models import beam_search
+from models import beam_search, pixel_positions
 from utils import open_checkpoint
 
 
@@ -36,7 +36,8 @@ def main():
     loader = make_loader(dataset, config, shuffle=False)
     scenes_path = Path(config.data_dir) / "scenes.json"
     scenes = json.loads(scenes_path.read_text(encoding="utf-8")) if scenes_path.exists() else {}
-    captions, measures = [], []
+    positions = pixel_positions(config.image_size, config.encoded_image_size)
+    captions, measures = [], []  # of each caption: whether it is true; words that attention hit, words, hits by chance
     for images, _, _, rows in tqdm(loader, desc=f"caption {args.split}", unit="batch"):
         batch = generate(decoder, encode(encoder, images.to(device)), rows, config, checkpoint["word_map"],
                          args.beam_size)
@@ -44,7 +45,8 @@ def main():
             alphas = caption.pop("alphas")
             scene = scenes.get(dataset.image_ids[caption["row"]])
             if scene:
-                measures.append(measure_scene(caption["words"], alphas, scene))
+                measures.append((is_true("".join(caption["words"]), scene),
+                                 *attention_peak_hits(caption["words"], alphas, positions, scene)))
         captions += batch
 
     references = tokenize_references(dataset)
@@ -135,18 +137,6 @@ def score(hypotheses, references):
     scores["ROUGE-L"] = float(Rouge().compute_score(human, generated)[0])
     scores["CIDEr"] = float(Cider().compute_score(human, generated)[0])
     return scores
-
-
-def measure_scene(words, alphas, scene):
-    """What the sample set's boxes tell of a caption: whether it is true, and whether attention looks at what it names.
-
-    Args:
-        words (list of str). alphas (float array (len(words), s, s)). scene (dict): of data/sample/scenes.json.
-    Returns:
-        bool: every claim of the caption holds. int: words naming a thing at which the attention's peak lies in the
-        thing's box. int: words naming a thing. float: how many of them a peak anywhere would hit on average.
-    """
-    return is_true("".join(words), scene), *attention_peak_hits(words, alphas, scene)
 
 
 if __name__ == "__main__":

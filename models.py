@@ -16,9 +16,11 @@ Departures from the paper that the original already made: a ResNet instead of VG
 instead of one number, the words scored from the state alone, fc(dropout(h)), not by the deep output of Eq. 7, and the
 last term of Eq. 14 as a mean over the pixels.
 """
+import math
 from typing import NamedTuple
 from urllib.error import URLError
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -147,6 +149,22 @@ def pool_matrix(height, width, size):
     rows = F.adaptive_avg_pool1d(torch.eye(height), size).T  # (size, height)
     columns = F.adaptive_avg_pool1d(torch.eye(width), size).T
     return torch.kron(rows, columns)
+
+
+def pixel_positions(image_size, encoded_image_size):
+    """Where the attention's pixels lie in the picture.
+
+    A ResNet halves the picture five times, each time with output i centred on input 2i. So cell i of its grid is
+    centred on pixel 32 i: half a cell further up and left than a map stretched over the whole picture would show it.
+
+    Args:
+        image_size (int): S, side of the picture. encoded_image_size (int): side of the square of P pixels.
+    Returns:
+        float array (encoded_image_size,): centres as fractions of the side, the same for rows and columns.
+    """
+    cells = math.ceil(image_size / 32)
+    in_cells = (np.arange(encoded_image_size) + 0.5) / encoded_image_size * cells - 0.5
+    return (32 * in_cells + 0.5) / image_size
 
 
 class DecoderWithAttention(nn.Module):

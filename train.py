@@ -33,7 +33,7 @@ from config import UserError, get_config, parse_args, run
 from datasets import CaptionDataset, load_word_map, make_loader, write_text
 from demo import draw_attention
 from eval import generate, score, tokenize_references
-from models import build_models, caption_loss
+from models import build_models, caption_loss, pixel_positions
 from utils import (BEST_CHECKPOINT, CHECKPOINT, CHECKPOINT_VERSION, from_first_process, gather_lists, get_device,
                    git_revision, init_distributed, load_checkpoint, load_state, save_checkpoint, sum_over_processes)
 
@@ -107,7 +107,7 @@ def main():
                      epochs_since_improvement=0 if better else state["epochs_since_improvement"] + 1)
         if rank == 0:
             log_epoch(folder, writer, state, training, validation, rates(optimizers), better)
-            log_pictures(writer, state, valid_set, captions)
+            log_pictures(writer, state, config, valid_set, captions)
             saved = dict(version=CHECKPOINT_VERSION, config=vars(config).copy(), word_map=word_map, **state,
                          encoder=encoder.state_dict(), decoder=decoder.state_dict(),
                          optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
@@ -316,12 +316,13 @@ def log_epoch(folder, writer, state, training, validation, rates, better):
           f"{validation['CIDEr']:.4f} (generated, greedy){'  best' if better else ''}", flush=True)
 
 
-def log_pictures(writer, state, dataset, captions):
+def log_pictures(writer, state, config, dataset, captions):
     """A few validation pictures with the caption and its attention, in TensorBoard."""
+    positions = pixel_positions(config.image_size, config.encoded_image_size)
     for caption in captions[:PICTURES_SHOWN]:
         picture = Image.fromarray(dataset.images[caption["row"]])
-        writer.add_figure(f"attention/{caption['row']}", draw_attention(picture, caption["words"], caption["alphas"]),
-                          state["step"])
+        writer.add_figure(f"attention/{caption['row']}",
+                          draw_attention(picture, caption["words"], caption["alphas"], positions), state["step"])
     writer.flush()
 
 

@@ -405,25 +405,24 @@ def named_things(words, scene):
     return [(i, boxes[word]) for i, word in enumerate(words) if word in boxes]
 
 
-def attention_peak_hits(words, alphas, scene):
+def attention_peak_hits(words, alphas, positions, scene):
     """
-    Whether attention peaked on what was named. alphas: (len(words), rows, columns), the map of each word.
+    Whether attention peaked on what was named. alphas: (len(words), s, s), the map of each word; positions: (s,), where
+    the centres of its cells lie, as fractions of the picture, for rows and columns alike.
 
     Returns (hits, total, chance): of `total` words naming a thing of the scene, `hits` had the centre of their
     strongest cell inside its box, and cells picked at random would have had `chance` hits (a float). Where pooling
     made several cells equal, the peak is the middle of the strongest ones.
     Raises ValueError if alphas is not one map a word.
     """
-    alphas = np.asarray(alphas)
-    if alphas.ndim != 3 or len(alphas) != len(words):
-        raise ValueError(f"alphas of shape {alphas.shape} for {len(words)} words")
-    rows, columns = alphas.shape[1:]
-    y, x = (np.arange(rows)[:, None] + 0.5) / rows, (np.arange(columns) + 0.5) / columns
+    alphas, positions = np.asarray(alphas), np.asarray(positions)
+    if alphas.shape != (len(words), len(positions), len(positions)):
+        raise ValueError(f"alphas of shape {alphas.shape} for {len(words)} words and {len(positions)} positions")
+    y, x = positions[:, None], positions
     hits, chance, named = 0, 0.0, named_things(words, scene)
     for i, (x0, y0, x1, y1) in named:
         inside = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
-        top = np.argwhere(alphas[i] >= alphas[i].max() * (1 - 1e-5)) + 0.5
-        peak_y, peak_x = top.mean(axis=0) / (rows, columns)
+        peak_y, peak_x = positions[np.argwhere(alphas[i] >= alphas[i].max() * (1 - 1e-5))].mean(axis=0)
         hits += int(x0 <= peak_x <= x1 and y0 <= peak_y <= y1)
         chance += float(inside.mean())
     return hits, len(named), chance

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from benchmarks import reference
 from config import Config, UserError
 from datasets import END, PAD, START, UNK
-from models import DecoderWithAttention, Encoder, beam_search, caption_loss, first_largest, load_resnet, pool_matrix
+from models import (DecoderWithAttention, Encoder, beam_search, caption_loss, first_largest, load_resnet,
+                    pixel_positions, pool_matrix)
 
 B, K, T, D, A, E, H, SIDE = 3, 5, 9, 24, 20, 12, 16, 6
 
@@ -246,6 +247,27 @@ def test_encoder_equals_the_plain_one(name, dim):
         assert grid.shape == (2, 3, 3, dim) and encoder.dim == dim
         expected = plain_encoder(images)
         assert (pooled(grid, 14) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_cell_of_the_grid_looks_where_pixel_positions_says():
+    """With all weights alike, what a cell depends on is spread evenly around its centre."""
+    encoder = Encoder("resnet18", "none").eval()
+    for name, parameter in encoder.named_parameters():
+        if name.endswith("weight") and parameter.ndim == 4:
+            parameter.data.fill_(1 / parameter[0].numel())
+    image = torch.rand(1, 3, 512, 512, requires_grad=True)
+    encoder.resnet(image)[0, :, 8, 7].sum().backward()
+    weight = image.grad.sum(dim=(0, 1))
+    pixels = (torch.arange(512) + 0.5) / 512
+    positions = pixel_positions(512, 16)
+    assert ((weight.sum(dim=1) * pixels).sum() / weight.sum()).item() == pytest.approx(positions[8], abs=1 / 512)
+    assert ((weight.sum(dim=0) * pixels).sum() / weight.sum()).item() == pytest.approx(positions[7], abs=1 / 512)
+
+
+def test_pixel_positions_of_a_pooled_grid_are_the_means_of_its_cells():
+    cells = pixel_positions(256, 8)
+    assert torch.allclose(pool_matrix(8, 8, 4).float() @ torch.tensor(cells).float().repeat(8),
+                          torch.tensor(pixel_positions(256, 4)).float().repeat(4))
 
 
 def test_a_frozen_encoder_does_not_change_in_training():

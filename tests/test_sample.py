@@ -190,6 +190,7 @@ def test_jieba_leaves_things_colours_and_sides_whole(scenes):
 SCENE = {"split": "train", "background": "meadow",
          "things": [{"thing": "汽车", "colour": "红色", "box": [0, 0.5, 0.5, 1]},
                     {"thing": "气球", "colour": "蓝色", "box": [0.75, 0, 1, 0.25]}]}
+POSITIONS = (np.arange(8) + 0.5) / 8
 WORDS = ["一辆", "红色", "的", "汽车", "和", "气球"]
 
 
@@ -202,33 +203,43 @@ def peaks(*cells):
 
 
 def test_peaks_in_the_boxes_are_hits():
-    hits, total, chance = attention_peak_hits(WORDS, peaks((0, 0), (0, 0), (0, 0), (7, 0), (0, 0), (1, 7)), SCENE)
+    alphas = peaks(*[(0, 0)] * 3, (7, 0), (0, 0), (1, 7))
+    hits, total, chance = attention_peak_hits(WORDS, alphas, POSITIONS, SCENE)
     assert (hits, total) == (2, 2)
     assert chance == pytest.approx(0.25 + 4 / 64)
 
 
 def test_peaks_elsewhere_are_not():
-    hits, total, chance = attention_peak_hits(WORDS, peaks(*[(7, 0)] * 3, (1, 7), (0, 0), (7, 0)), SCENE)
+    hits, total, chance = attention_peak_hits(WORDS, peaks(*[(7, 0)] * 3, (1, 7), (0, 0), (7, 0)), POSITIONS, SCENE)
     assert (hits, total) == (0, 2)
     assert 0 < chance < 2
 
 
 def test_one_of_two():
-    assert attention_peak_hits(WORDS, peaks(*[(7, 0)] * 6), SCENE)[:2] == (1, 2)
+    assert attention_peak_hits(WORDS, peaks(*[(7, 0)] * 6), POSITIONS, SCENE)[:2] == (1, 2)
+
+
+def test_a_peak_lies_where_its_cell_lies():
+    """The same map is a hit or not by where its cells are; equal peaks lie in their middle."""
+    alphas = peaks(*[(7, 3)] * 6)
+    assert attention_peak_hits(WORDS, alphas, POSITIONS, SCENE)[0] == 1
+    assert attention_peak_hits(WORDS, alphas, POSITIONS + 0.1, SCENE)[0] == 0
+    alphas[:, 7, 5] = alphas[:, 7, 3]
+    assert attention_peak_hits(WORDS, alphas, POSITIONS, SCENE)[0] == 0
 
 
 def test_only_words_that_name_a_thing_of_the_scene_count():
-    assert attention_peak_hits(["房子", "红色", "汽"], peaks(*[(7, 0)] * 6)[:3], SCENE) == (0, 0, 0)
-    assert attention_peak_hits([], np.zeros((0, 8, 8)), SCENE) == (0, 0, 0)
+    assert attention_peak_hits(["房子", "红色", "汽"], peaks(*[(7, 0)] * 6)[:3], POSITIONS, SCENE) == (0, 0, 0)
+    assert attention_peak_hits([], np.zeros((0, 8, 8)), POSITIONS, SCENE) == (0, 0, 0)
 
 
 def test_chance_is_what_random_peaks_hit():
     rng = np.random.default_rng(0)
-    drawn = [attention_peak_hits(WORDS, rng.random((len(WORDS), 8, 8)), SCENE) for _ in range(2000)]
+    drawn = [attention_peak_hits(WORDS, rng.random((len(WORDS), 8, 8)), POSITIONS, SCENE) for _ in range(2000)]
     assert np.mean([hits for hits, _, _ in drawn]) == pytest.approx(drawn[0][2], abs=0.05)
 
 
 @pytest.mark.parametrize("shape", [(5, 8, 8), (6, 64), (6,), (7, 8, 8)])
 def test_maps_that_do_not_belong_to_the_words(shape):
     with pytest.raises(ValueError):
-        attention_peak_hits(WORDS, np.ones(shape), SCENE)
+        attention_peak_hits(WORDS, np.ones(shape), POSITIONS, SCENE)
