@@ -26,7 +26,7 @@ class Config:
     captions_per_image: int = 5  # the data set's own number; further captions of a picture are left out
     max_len: int = 40  # words a caption; longer ones are cut
     min_word_freq: int = 3  # a word seen less often in the training captions becomes <unk>
-    max_bad_images: float = 0.01  # share of unreadable pictures at which preprocessing stops instead of going on
+    max_bad_images: float = 0.01  # share of unreadable pictures above which preprocessing stops instead of going on
 
     # model
     encoder: str = "resnet101"  # resnet18, resnet34, resnet50, resnet101 or resnet152

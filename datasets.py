@@ -50,6 +50,8 @@ def open_picture(path):
         BadPicture: missing, empty, truncated, not a picture, or more than 179 million pixels.
     """
     try:
+        if not Path(path).is_file():  # a folder, or a pipe that would be waited for
+            raise FileNotFoundError
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=PICTURE_FORMATS) as file:

@@ -98,17 +98,20 @@ def find_sources(config):
     Raises:
         UserError: train or valid missing, a folder that lacks its parts, bad archives or annotations.
     """
-    sources = {}
+    sources, data_dir = {}, Path(config.data_dir)
+    missing = [split for split, (name, *_) in SPLITS.items()
+               if not (data_dir / name).is_dir() and not (data_dir / f"{name}.zip").exists()]
+    for split in missing:
+        if split in ("train", "valid"):
+            root = data_dir / SPLITS[split][0]
+            raise UserError(f"neither {root}/ nor {root}.zip exists: data/README.md says where to get it and "
+                            f"`python data/sample.py` draws a small set to try with --preset sample")
+        print(f"{split}: no {SPLITS[split][0]}.zip, left out")
     for split, (name, images_name, annotations_name) in SPLITS.items():
-        root = Path(config.data_dir) / name
-        archive = root.with_name(f"{name}.zip")
+        if split in missing:
+            continue
+        root, archive = data_dir / name, data_dir / f"{name}.zip"
         if not root.is_dir():
-            if not archive.exists():
-                if split in ("train", "valid"):
-                    raise UserError(f"neither {root}/ nor {archive} exists: data/README.md says where to get it and "
-                                    f"`python data/sample.py` draws a small set to try with --preset sample")
-                print(f"{split}: no {archive.name}, left out")
-                continue
             extract_archive(archive, root)
         folder, annotations = root / images_name, root / annotations_name
         if not folder.is_dir():
@@ -138,8 +141,10 @@ def extract_archive(archive, folder):
             members = {}
             for member in file.infolist():
                 parts = PurePosixPath(member.filename.replace("\\", "/")).parts
-                if stat.S_ISLNK(member.external_attr >> 16) or ".." in parts or not parts \
-                        or parts[0].startswith("/") or ":" in parts[0] or "\0" in member.filename:
+                if not parts:  # "./"
+                    continue
+                if stat.S_ISLNK(member.external_attr >> 16) or ".." in parts or parts[0].startswith("/") \
+                        or ":" in parts[0] or "\0" in member.filename:
                     raise UserError(f"{archive}: member {member.filename!r} points outside its folder; refused. "
                                     f"Get the archive from its publisher")
                 parts = parts[1:] if parts[0] == folder.name else parts

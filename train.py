@@ -250,10 +250,10 @@ def validate(encoder, decoder, loader, config, word_map):
 
 def make_optimizers(config, encoder, decoder):
     """Adam for the decoder and, when fine-tuning, for the encoder. Returns: dict name -> Adam."""
-    optimizers = {"decoder": torch.optim.Adam(decoder.parameters(), lr=config.decoder_lr)}
+    optimizers = {"decoder": torch.optim.Adam(decoder.parameters(), lr=config.decoder_lr, fused=True)}
     if config.fine_tune_encoder:
         optimizers["encoder"] = torch.optim.Adam((p for p in encoder.parameters() if p.requires_grad),
-                                                 lr=config.encoder_lr)
+                                                 lr=config.encoder_lr, fused=True)
     return optimizers
 
 

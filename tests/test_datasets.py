@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import demo
 from config import UserError, get_config
@@ -177,6 +177,17 @@ def test_a_broken_picture_is_named(name, tmp_path):
         message = str(error.value)
         assert message.startswith(f"{path}: ") and len(message) > len(f"{path}: ") and "\n" not in message
         assert message.count(str(path)) == 1
+
+
+def test_a_picture_runs_no_program(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.jpg", "EPS")
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    with pytest.raises(BadPicture):
+        read_image(tmp_path / "picture.jpg", 32)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_training_evaluation_and_demo_see_the_same_pixels(tiny):
@@ -367,14 +378,17 @@ def replace(file, name, make):
 
 
 def external_link(file, name):
+    with h5py.File(Path(file.filename).with_name("other.h5"), "w") as other:
+        other[name] = file[name][()]
     del file[name]
-    file[name] = h5py.ExternalLink("valid.h5", "/captions")
+    file[name] = h5py.ExternalLink("other.h5", name)
 
 
 def external_storage(file, name):
-    data = file[name][()]
+    data, other = file[name][()], Path(file.filename).with_name("other")
+    data.tofile(other)
     del file[name]
-    file.create_dataset(name, data.shape, data.dtype, external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)])
+    file.create_dataset(name, data.shape, data.dtype, external=[(str(other), 0, h5py.h5f.UNLIMITED)])
 
 
 def virtual(file, name):
@@ -420,7 +434,7 @@ DAMAGE = {
     "a number for a data set": lambda file: replace(file, "images", lambda file, name, data: file.create_dataset(
         name, data=np.uint8(3))),
     "an external link": lambda file: external_link(file, "captions"),
-    "external storage": lambda file: external_storage(file, "images"),
+    "external storage": lambda file: external_storage(file, "captions"),
     "a virtual data set": lambda file: virtual(file, "captions"),
     "another image size": lambda file: file.attrs.update(image_size=32),
     "a list for an image size": lambda file: file.attrs.update(image_size=[64, 64]),
