@@ -12,6 +12,9 @@ Departures from the original, and why:
 - Pictures come in batches with all their captions: one pass of the encoder instead of five.
 - The best checkpoint is chosen by the CIDEr of generated captions; the original's BLEU-4 is of captions that were
   fed the true words, which says little about what the model writes on its own.
+- The last, incomplete batch of an epoch is left out, so that batches do not depend on the number of processes.
+- One tokenization makes the word map and uses it; the original counts the words of jieba's full mode and then encodes
+  those of its exact mode. Pictures lie in HDF5.
 - State dicts, not pickled modules: any version of the code can read them, and reading them runs none.
 """
 import json
@@ -291,7 +294,7 @@ def start_log(folder, config, state, checkpoint):
     log = folder / "log.jsonl"
     if checkpoint and log.exists():
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(log, "".join(line for line in lines if json.loads(line)["epoch"] <= state["epoch"]))
+        write_text(log, "".join(lines[:state["epoch"]]))  # a line an epoch
     else:
         versions = dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__)
         write_text(folder / "config.json", json.dumps(dict(

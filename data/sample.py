@@ -431,7 +431,7 @@ def attention_peak_hits(words, alphas, positions, scene):
 # ---- scenes ----------------------------------------------------------------------------------------------------------
 def _cut_out(rng, kind, colour, side, largest):
     """The thing on transparent paper, cropped to its own pixels: this image's border is the thing's box."""
-    height = side * rng.uniform(max(0.24, 0.24 / kind.aspect), min(largest, largest / kind.aspect))
+    height = side * rng.uniform(max(0.26, 0.26 / kind.aspect), min(largest, largest / kind.aspect))
     stroke, tone, tilt = max(2, side // 160), COLOURS[colour], ZONES[kind.zone][2]
     image = Image.new("RGBA", (round(height * kind.aspect) + 2 * stroke, round(height) + 2 * stroke))
     black = colour == "黑色"
@@ -498,7 +498,7 @@ def draw_scene(seed, split, index, size):
     while not boxes:
         names = [place.kinds[i] for i in rng.permutation(len(place.kinds))[: rng.integers(2, 4)]]
         colours, zones = [pick(rng, visible) for _ in names], [KINDS[name].zone for name in names]
-        largest = 0.42 if len(names) == 2 else 0.36
+        largest = 0.46 if len(names) == 2 else 0.40
         images = [_cut_out(rng, KINDS[name], colour, side, largest) for name, colour in zip(names, colours)]
         boxes = _arrange(rng, images, zones, side)
     for i in sorted(range(len(names)), key=lambda i: boxes[i][3]):  # what stands lower is nearer
