@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: sample test clean
+.PHONY: sample test
 
 sample: .venv/installed data/sample/scenes.json
 	$(BIN)/python pre_process.py --preset sample
@@ -24,6 +24,3 @@ data/sample/scenes.json: | .venv/installed
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install -r requirements.txt
 	touch $@
-
-clean:
-	rm -rf .venv data/sample models/sample logs/sample
