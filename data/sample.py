@@ -345,22 +345,23 @@ BACKGROUNDS = {
 
 
 # ---- sentences -------------------------------------------------------------------------------------------------------
-# Sentences are written and judged from this one table. a, b, c are things (红色的汽车), P and N the place. The letters
-# beside a template are what it claims, from left to right. One that claims nothing still names its things in that
-# order when it is written, so that a captioner has an order to learn; is_true() takes any. No thing has its classifier
-# (一辆): the noun would follow from it, and nobody would have to look.
+# Sentences are written and judged from this one table. a, b, c are things (红色的汽车), A, B, C their names alone and
+# ca, cb, cc their colours; P and N are the place. The letters beside a template are what it claims, from left to right.
+# One that claims nothing still names its things in that order when it is written, so that a captioner has an order to
+# learn; is_true() takes any. Sentences about everything name a thing before its colour, and no thing has its classifier
+# (一辆): were anything of it said before, nobody would have to look for the name.
 TEMPLATES = (
-    ("{P}有{a}和{b}", ""),
-    ("{P}有{a}、{b}和{c}", ""),
-    ("画里有{a}和{b}，背景是{N}", ""),
-    ("画里有{a}、{b}和{c}，背景是{N}", ""),
+    ("{P}的{A}是{ca}的，{B}是{cb}的", ""),
+    ("{P}的{A}是{ca}的，{B}是{cb}的，{C}是{cc}的", ""),
+    ("画里的{A}是{ca}的，{B}是{cb}的，背景是{N}", ""),
+    ("画里的{A}是{ca}的，{B}是{cb}的，{C}是{cc}的，背景是{N}", ""),
+    ("左边的{A}是{ca}的，右边的{B}是{cb}的", "ab"),
     ("{P}有{a}，它的右边是{b}", "ab"),
     ("左边是{a}，右边是{b}", "ab"),
     ("{a}在{b}的左边", "ab"),
     ("{a}在{b}的右边", "ba"),
     ("{b}的左边有{a}", "ab"),
     ("{b}的右边有{a}", "ba"),
-    ("左边的{a_thing}是{a_colour}的，右边的{b_thing}是{b_colour}的", "ab"),
 )
 
 
@@ -370,13 +371,13 @@ def _sentences(scene):
     things = sorted(scene["things"], key=lambda thing: thing["box"][0] + thing["box"][2])
     for template in TEMPLATES:
         text, claim = template
-        slots = claim or sorted(set("abc") & set(text))
+        slots = claim or [letter for letter in "abc" if f"{{{letter.upper()}}}" in text]
         for named in permutations(range(len(things)), len(slots)):
             if not claim or named == tuple(sorted(named)):
                 words = {"P": place.on, "N": place.noun}
                 for slot, thing in zip(slots, (things[i] for i in named)):
+                    words |= {slot.upper(): thing["thing"], f"c{slot}": thing["colour"]}
                     words[slot] = f"{thing['colour']}的{thing['thing']}"
-                    words |= {f"{slot}_thing": thing["thing"], f"{slot}_colour": thing["colour"]}
                 yield template, named, text.format(**words)
 
 

@@ -140,12 +140,13 @@ def test_captions_name_places_and_sides(scenes):
 def lies(caption, scene):
     """What the caption would be with one claim swapped, so that it is false of the scene."""
     for thing in scene["things"]:
-        phrase = f"{thing['colour']}的{thing['thing']}"
-        if phrase in caption:
-            for colour in COLOURS.keys() - {thing["colour"]}:
-                yield caption.replace(phrase, f"{colour}的{thing['thing']}")
-            for kind in KINDS.keys() - {thing["thing"] for thing in scene["things"]}:
-                yield caption.replace(phrase, f"{thing['colour']}的{kind}")
+        for form in ("{colour}的{thing}", "{thing}是{colour}的"):
+            phrase = form.format(**thing)
+            if phrase in caption:
+                for colour in COLOURS.keys() - {thing["colour"]}:
+                    yield caption.replace(phrase, form.format(thing=thing["thing"], colour=colour))
+                for kind in KINDS.keys() - {thing["thing"] for thing in scene["things"]}:
+                    yield caption.replace(phrase, form.format(thing=kind, colour=thing["colour"]))
     here = BACKGROUNDS[scene["background"]]
     for place in BACKGROUNDS.values():
         if place is not here:
