@@ -14,7 +14,6 @@ import warnings
 from pathlib import Path
 
 import h5py
-import jieba
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -22,7 +21,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from config import UserError
 
+with warnings.catch_warnings():  # jieba warns of its own use of setuptools, which is no business of its user
+    warnings.simplefilter("ignore")
+    import jieba
+
 FORMAT_VERSION = 1
+JIEBA_VERSION = jieba.__version__  # another version may cut words otherwise
 PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
 # Decoders that run other programs (EPS) or that no photograph needs stay closed.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

@@ -22,12 +22,11 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 import h5py
-import jieba
 import numpy as np
 from tqdm import tqdm
 
 from config import UserError, get_config, parse_args, run
-from datasets import (FORMAT_VERSION, PICTURE_SUFFIXES, BadPicture, build_word_map, check_attributes,
+from datasets import (FORMAT_VERSION, JIEBA_VERSION, PICTURE_SUFFIXES, BadPicture, build_word_map, check_attributes,
                       encode_caption, load_word_map, open_split, read_image, tokenize, word_map_digest, write_text)
 
 # split: archive or folder, its folder of pictures, its annotations
@@ -51,7 +50,7 @@ def main():
 
     expected = {split: dict(format_version=FORMAT_VERSION, source=source["digest"], image_size=config.image_size,
                             captions_per_image=config.captions_per_image, max_len=config.max_len,
-                            min_word_freq=config.min_word_freq, jieba_version=jieba.__version__)
+                            min_word_freq=config.min_word_freq, jieba_version=JIEBA_VERSION)
                 for split, source in sources.items()}
     done = [] if args.overwrite else [split for split in sources if is_done(config, split, expected[split])]
     if len(done) == len(sources):
@@ -70,7 +69,7 @@ def main():
                                      {"word_map_digest": word_map_digest(word_map)})
             write_text(data_dir / "WORDMAP.json", json.dumps(word_map, ensure_ascii=False))
         report_path = data_dir / "pre_process.json"
-        report = dict(vocabulary=len(word_map), jieba_version=jieba.__version__,
+        report = dict(vocabulary=len(word_map), jieba_version=JIEBA_VERSION,
                       splits=read_report(report_path, done))
         for split, source in sources.items():
             if split not in done:
