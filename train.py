@@ -94,9 +94,6 @@ def main():
               + ("" if config.fine_tune_encoder else ", encoder frozen") + f"; log: {folder}")
 
     while state["epoch"] < config.epochs and state["epochs_since_improvement"] < config.early_stop_epochs:
-        if state["epochs_since_improvement"] and state["epochs_since_improvement"] % config.lr_decay_epochs == 0:
-            for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
-                group["lr"] *= config.lr_decay
         # Seeded by the epoch, so that a resumed run draws what an uninterrupted one would have drawn.
         torch.manual_seed((config.seed * 100_003 + state["epoch"]) * 1_009 + rank)
         train_loader.sampler.epoch = state["epoch"]
@@ -111,6 +108,11 @@ def main():
         if rank == 0:
             log_epoch(folder, writer, state, training, validation, rates(optimizers), better)
             log_pictures(writer, state, config, valid_set, captions)
+        # Before the checkpoint is written: a rate that the user names on resuming is then the rate in force.
+        if not better and state["epochs_since_improvement"] % config.lr_decay_epochs == 0:
+            for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
+                group["lr"] *= config.lr_decay
+        if rank == 0:
             saved = dict(version=CHECKPOINT_VERSION, config=vars(config).copy(), word_map=word_map, **state,
                          encoder=encoder.state_dict(), decoder=decoder.state_dict(),
                          optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},

@@ -62,12 +62,15 @@ def load_checkpoint(path):
     except Exception as error:  # torch.load raises whatever a broken file leads it to
         raise UserError(f"{path} is not a checkpoint of this repo, or is damaged "
                         f"({(str(error).splitlines() or [type(error).__name__])[0]})") from None
-    parts = dict(version=int, config=dict, word_map=dict, encoder=dict, decoder=dict, epoch=int)
-    if not isinstance(checkpoint, dict) or any(type(checkpoint.get(name)) is not kind and not isinstance(
-            checkpoint.get(name), kind) for name, kind in parts.items()):
+    parts = dict(version=int, config=dict, word_map=dict, encoder=dict, decoder=dict, optimizers=dict, epoch=int,
+                 step=int, best_score=float, epochs_since_improvement=int, run=str)
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), kind)
+                                                   for name, kind in parts.items()):
         raise UserError(f"{path} is not a checkpoint of this repo: it lacks one of {', '.join(parts)}")
     if checkpoint["version"] != CHECKPOINT_VERSION:
         raise UserError(f"{path} has version {checkpoint['version']}; this code reads {CHECKPOINT_VERSION}")
+    if Path(checkpoint["run"]).name != checkpoint["run"]:
+        raise UserError(f"{path} names a log folder outside --log_dir: {checkpoint['run']!r}")
     check_word_map(checkpoint["word_map"], path)
     rows = getattr(checkpoint["decoder"].get("embedding.weight"), "shape", [None])[0]
     if rows != len(checkpoint["word_map"]):

@@ -87,12 +87,24 @@ def test_a_new_rate_takes_effect_on_resume_and_a_new_architecture_is_refused(tra
     folders = ["--model_dir", tmp_path / "models", "--log_dir", tmp_path / "logs"]
     result = script("train.py", "--resume", *folders, "--epochs", 3, "--decoder_lr", 0.00321)
     assert result.returncode == 0 and "decoder_lr 0.00321" in result.stdout
-    assert load_checkpoint(tmp_path / "models" / "checkpoint.pth.tar")["optimizers"]["decoder"]["param_groups"][0][
-        "lr"] == 0.00321
     refused = script("train.py", "--resume", *folders, "--emb_dim", 24)
     assert refused.returncode == 2 and refused.stderr.startswith("error: --emb_dim 24 contradicts")
     finished = script("train.py", "--resume", *folders)
     assert finished.returncode == 0 and "Finished (all 3 epochs done)" in finished.stdout
+
+
+def test_the_rates_fall_without_a_better_score(tiny_flags, tmp_path):
+    """With a rate of 0 nothing changes, so the first epoch stays the best; a named rate is then the rate in force."""
+    folders = ["--model_dir", tmp_path / "models", "--log_dir", tmp_path / "logs"]
+    script("train.py", *tiny_flags, *folders, "--decoder_lr", 0, "--encoder_lr", 0, "--fine_tune_encoder", "false",
+           "--lr_decay_epochs", 1, check=0)
+    result = script("train.py", "--resume", *folders, "--decoder_lr", 0.004, "--epochs", 3, check=0)
+    assert "decoder_lr 0.004" in result.stdout
+    log = run_folder(tmp_path) / "log.jsonl"
+    assert json.loads(log.read_text().splitlines()[2])["rates"]["decoder_lr"] == 0.004
+    checkpoint = load_checkpoint(tmp_path / "models" / "checkpoint.pth.tar")
+    expected = 0.004 * (0.8 if checkpoint["epochs_since_improvement"] else 1)
+    assert checkpoint["optimizers"]["decoder"]["param_groups"][0]["lr"] == pytest.approx(expected)
 
 
 def test_fine_tuning_can_be_turned_on_later(trained, tmp_path):
@@ -172,6 +184,8 @@ def test_no_checkpoint(name, tmp_path, tiny_flags):
     (lambda c: c["word_map"].popitem(), "not a word map"),
     (lambda c: c["word_map"].update(extra=len(c["word_map"])), "contradicts itself"),
     (lambda c: c.pop("decoder"), "not a checkpoint of this repo"),
+    (lambda c: c.pop("optimizers"), "not a checkpoint of this repo"),
+    (lambda c: c.update(run="../elsewhere"), "outside --log_dir"),
     (lambda c: c.update(version=99), "version 99"),
     (lambda c: c["config"].update(encoder="resnet34"), "another architecture"),
     (lambda c: c["config"].update(decoder_dim=8), "another architecture"),
