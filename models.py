@@ -329,9 +329,9 @@ def beam_search(decoder, grid, beam_size, max_len, word_map):
         top, which = score.max(dim=1)
         open_ = (top > best[todo]) & (seats > 0)
         if t == T - 1:
-            now = todo[open_ & ~ended[todo]]
-            keep = open_ & ~ended[todo]
-            best[now], last[now], beam[now] = top[keep], t, which[keep]
+            unfinished = open_ & ~ended[todo]
+            now = todo[unfinished]
+            best[now], last[now], beam[now] = top[unfinished], t, which[unfinished]
         elif not open_.all():
             todo, pixels, seats = todo[open_], pixels.of(open_), seats[open_]
             h, c, word, score, parent = h[open_], c[open_], word[open_], score[open_], parent[open_]
