@@ -303,23 +303,27 @@ class BatchSampler(Sampler):
     """
 
     def __init__(self, n, batch_size, shuffle, seed=0, rank=0, world_size=1):
-        self.n, self.batch_size, self.shuffle, self.seed = n, min(batch_size, n), shuffle, seed
+        self.n, self.batch_size, self.shuffle, self.seed = n, max(min(batch_size, n), 1), shuffle, seed
         self.rank, self.world_size, self.epoch = rank, world_size, 0
         if shuffle and self.batch_size < world_size:
             raise UserError(f"a batch of {self.batch_size} pictures cannot be shared by {world_size} processes")
 
-    def __len__(self):
+    def starts(self):
+        """Where this process's batches begin. Returns: range."""
         if self.shuffle:
-            return self.n // self.batch_size if self.n else 0
-        return len(range(self.rank * self.batch_size, self.n, self.world_size * self.batch_size)) if self.n else 0
+            return range(0, self.n - self.batch_size + 1, self.batch_size)
+        return range(self.rank * self.batch_size, self.n, self.world_size * self.batch_size)
+
+    def __len__(self):
+        return len(self.starts())
 
     def __iter__(self):
         if self.shuffle:
             order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch))
-            for i in range(len(self)):
-                yield order[i * self.batch_size:(i + 1) * self.batch_size][self.rank::self.world_size].tolist()
-        elif self.n:
-            for start in range(self.rank * self.batch_size, self.n, self.world_size * self.batch_size):
+            for start in self.starts():
+                yield order[start:start + self.batch_size][self.rank::self.world_size].tolist()
+        else:
+            for start in self.starts():
                 yield list(range(start, min(start + self.batch_size, self.n)))
 
 

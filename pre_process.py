@@ -93,7 +93,8 @@ def find_sources(config):
 
     Returns:
         dict: split -> dict(folder (Path): of pictures; image_ids (list of str): file names; captions (list of lists of
-        str): of each picture; empty, extra, unlisted (int): captions left out; digest (str): sha256 of the source).
+        str): of each picture; empty, extra (int): captions left out; no_caption (int): pictures left out; digest
+        (str): sha256 of the source).
     Raises:
         UserError: train or valid missing, a folder that lacks its parts, bad archives or annotations.
     """

@@ -150,7 +150,7 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer)
     decoder.train()
     device = next(decoder.parameters()).device
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    totals = torch.zeros(6, dtype=torch.float64, device=device)  # as in `sums` below, over the epoch
+    totals = torch.zeros(6, dtype=torch.float64, device=device)  # what epoch_means takes, over the epoch
     recent, unread, since = torch.zeros_like(totals), [], time.perf_counter()
     started, steps = since, len(loader)
     bar = tqdm(loader, desc=f"epoch {state['epoch'] + 1}", unit="batch", disable=writer is None)
@@ -159,7 +159,7 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer)
         counts = counts_of(lengths)
         scores, targets, alphas = decoder(encoder(images), captions, lengths)
         cross_entropy, coverage = caption_loss(scores, targets, alphas, lengths)
-        n_tokens, n_captions, n_images = sum_over_processes(counts.clone()).clamp(min=1)
+        n_tokens, n_captions, _ = sum_over_processes(counts.clone()).clamp(min=1)
         # The gradients of all processes are averaged, where these parts of one loss want to be summed.
         loss = world_size * (cross_entropy / n_tokens + config.alpha_c * coverage / n_captions)
         for optimizer in optimizers.values():
@@ -174,8 +174,8 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer)
             optimizer.step()
         state["step"] += 1
 
-        sums = torch.stack([cross_entropy.detach(), coverage.detach(), top5_hits(scores.detach(), targets), *counts])
-        recent += sums
+        recent += torch.stack([cross_entropy.detach(), coverage.detach(), top5_hits(scores.detach(), targets),
+                               *counts])
         unread.append((number, rows, loss.detach()))
         if reading:
             check_finite(unread, state, loader.dataset)
