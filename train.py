@@ -82,8 +82,9 @@ def main():
         resume_optimizers(optimizers, checkpoint, args.flags)
     if world_size > 1 and device.type == "cuda":
         encoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
-    models = encoder, decoder  # what is saved and validated; the same weights as what is trained:
-    trained = (parallel(encoder, config.fine_tune_encoder, world_size), parallel(decoder, True, world_size))
+    # What sees the pictures; `encoder` is what is saved.
+    eyes = encoder if config.fine_tune_encoder else encoder.folded()
+    trained = parallel(eyes, config.fine_tune_encoder, world_size), parallel(decoder, True, world_size)
 
     folder = Path(config.log_dir) / state["run"]
     writer = start_log(folder, config, state, checkpoint) if rank == 0 else None
@@ -98,7 +99,7 @@ def main():
         torch.manual_seed((config.seed * 100_003 + state["epoch"]) * 1_009 + rank)
         train_loader.sampler.epoch = state["epoch"]
         training = train_one_epoch(*trained, optimizers, train_loader, config, state, writer)
-        validation, captions = validate(*models, valid_loader, config, word_map)
+        validation, captions = validate(eyes, decoder, valid_loader, config, word_map)
         validation.update(from_first_process(
             score([caption["words"] for caption in captions], references) if rank == 0 else None))
 
