@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from benchmarks import reference
 from config import Config, UserError
 from datasets import END, PAD, START, UNK
-from models import (DecoderWithAttention, Encoder, beam_search, caption_loss, first_largest, load_resnet,
+from models import (DecoderWithAttention, Encoder, Energy, beam_search, caption_loss, first_largest, load_resnet,
                     pixel_positions, pool_matrix)
 
 B, K, T, D, A, E, H, SIDE = 3, 5, 9, 24, 20, 12, 16, 6
@@ -105,6 +105,47 @@ def test_loss_and_every_gradient_equal_the_plain_implementation(decoder, batch):
 def test_without_the_doubly_stochastic_term_too(decoder, batch):
     assert loss_of(decoder, batch, 0.0).item() == pytest.approx(plain_loss(plain(decoder), batch, 0.0).item(), rel=1e-5)
     assert loss_of(decoder, batch, 1.0).item() > loss_of(decoder, batch, 0.0).item()
+
+
+def plain_energy(keys, query, weight):
+    return torch.relu(keys.unsqueeze(1) + query.unsqueeze(2)) @ weight
+
+
+@pytest.mark.parametrize("counts", [[5, 5, 5], [5, 2, 0], [0, 0, 0], [1, 0, 5]])
+def test_energy_and_its_gradients_equal_autograd(counts):
+    keys, query, weight, upstream = (torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+                                     for shape in ((3, 7, 4), (3, 5, 4), (4,), (3, 5, 7)))
+    is_open = torch.arange(5) < torch.tensor(counts).unsqueeze(1)
+    inputs = keys, query, weight
+    expected = plain_energy(*inputs) * is_open.unsqueeze(2)
+    found = Energy.apply(*inputs, counts)
+    assert torch.allclose(found, expected)
+    # What has ended passes nothing back, whatever comes from above.
+    pairs = zip(torch.autograd.grad(found, inputs, upstream), torch.autograd.grad(expected, inputs, upstream))
+    assert all(torch.allclose(x, y) for x, y in pairs)
+
+
+def test_training_keeps_no_hidden_layer_of_the_attention(decoder, batch):
+    """Neither the layer nor anything as large as one picture's part of it, at any step."""
+    largest = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: largest.append(x.numel()) or x, lambda x: x):
+        loss_of(decoder, batch)
+    per_picture = K * SIDE**2 * A
+    weights = max(parameter.numel() for parameter in decoder.parameters())
+    assert max(largest) < max(per_picture, weights * 3)
+    assert sum(largest) < T * B * per_picture
+
+
+def test_training_in_bfloat16_gives_nearly_the_same(decoder, batch):
+    expected = loss_of(decoder, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss_of(decoder, batch)
+    assert found.item() == pytest.approx(expected.item(), rel=2e-2)
+    assert found.item() != expected.item()
+    gradients = [torch.autograd.grad(loss, list(decoder.parameters())) for loss in (expected, found)]
+    together = [torch.cat([g.flatten() for g in side]) for side in gradients]
+    assert all(g.dtype == torch.float32 for g in gradients[1])
+    assert (together[1] - together[0]).norm() < 0.1 * together[0].norm()
 
 
 def test_alphas_sum_to_one_while_the_caption_lasts_and_leave_no_pixel_out(decoder, batch):
@@ -324,3 +365,22 @@ def test_the_parameters_have_the_original_s_names():
     assert names == {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")} | {"embedding.weight"} | {
         f"decode_step.{kind}_{part}" for kind in ("weight", "bias") for part in ("ih", "hh")}
     assert Config().attention_dim == Config().emb_dim == Config().decoder_dim == 512
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_folded_encoder_gives_the_same_and_leaves_the_other_alone(name):
+    torch.manual_seed(0)
+    encoder = Encoder(name, "none")
+    for norm in (module for module in encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        norm.running_mean.normal_(0, 0.1)
+        norm.running_var.uniform_(0.5, 2)
+        norm.weight.data.uniform_(0.2, 1)
+        norm.bias.data.normal_(0, 0.1)
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    folded = encoder.folded()
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    expected = encoder.eval()(images)
+    assert torch.allclose(folded(images), expected, atol=1e-4 * expected.abs().max().item())
+    assert not folded.training and not any(p.requires_grad for p in folded.parameters())
+    assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
