@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 train.py                  # eight GPUs; batch_size counts the pictures of all of them
     python train.py --resume                              # go on after the last whole epoch
     python train.py --resume --fine_tune_encoder true     # then train the encoder too
+    python train.py --cache_features true                 # run the frozen encoder once, not in every epoch
 
 Writes models/checkpoint.pth.tar after every epoch and models/BEST_checkpoint.pth.tar after every best one, and
 logs/RUN/ with TensorBoard's events, log.jsonl (a line an epoch) and config.json (settings, command, versions).
@@ -17,6 +18,7 @@ Departures from the original, and why:
   those of its exact mode. Pictures lie in HDF5.
 - State dicts, not pickled modules: any version of the code can read them, and reading them runs none.
 """
+import itertools
 import json
 import math
 import shlex
@@ -29,13 +31,15 @@ import torch.distributed as dist
 import torchvision
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from config import UserError, get_config, parse_args, run
-from datasets import CaptionDataset, load_word_map, make_loader, write_text
+from datasets import (CaptionDataset, features_key, load_word_map, make_loader, start_features, write_features,
+                      write_text)
 from demo import draw_attention
-from eval import generate, score, tokenize_references
+from eval import encode, generate, score, tokenize_references
 from models import build_models, caption_loss, pixel_positions
 from utils import (BEST_CHECKPOINT, CHECKPOINT, CHECKPOINT_VERSION, from_first_process, gather_lists, get_device,
                    git_revision, init_distributed, load_checkpoint, load_state, save_checkpoint, sum_over_processes)
@@ -84,6 +88,9 @@ def main():
         encoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
     models = encoder, decoder  # what is saved and validated; the same weights as what is trained:
     trained = (parallel(encoder, config.fine_tune_encoder, world_size), parallel(decoder, True, world_size))
+    if config.cache_features:
+        trained = keep_features(train_set, encoder, config, device, rank, world_size), trained[1]
+        models = keep_features(valid_set, encoder, config, device, rank, world_size), decoder
 
     folder = Path(config.log_dir) / state["run"]
     writer = start_log(folder, config, state, checkpoint) if rank == 0 else None
@@ -247,6 +254,73 @@ def validate(encoder, decoder, loader, config, word_map):
             generated.append(caption)
     means = epoch_means(sum_over_processes(totals), config, time.perf_counter() - started)
     return means, sorted(gather_lists(generated), key=lambda caption: caption["row"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kept features
+
+
+class KeptFeatures(torch.nn.Module):
+    """Stands in the encoder's place where a data set gives its features instead of pictures.
+
+    Args:
+        held: fp16 (N, h, w, D) on the device, of all pictures; None where the batches bring their own.
+    """
+
+    def __init__(self, held):
+        super().__init__()
+        self.held = held
+
+    def forward(self, given):
+        """Args: features fp16 (B, h, w, D), or where all are held rows int64 (B,). Returns: float (B, h, w, D)."""
+        return (given if self.held is None else self.held[given]).float()
+
+
+def keep_features(dataset, encoder, config, device, rank, world_size):
+    """Let a data set give the frozen encoder's own grids from {split}_features.h5, made first where need be.
+
+    All processes encode; the first one writes, in the order of the rows, so that a run of any number of processes goes
+    on where another was killed. A GPU holds them all where a quarter of its free memory is left for training.
+
+    Args:
+        dataset (CaptionDataset): its batches change, see there. encoder (Encoder). config (Config).
+        device (torch.device). rank, world_size (int).
+    Returns:
+        KeptFeatures, in the encoder's place.
+    Raises:
+        UserError: see start_features; a value beyond fp16.
+    """
+    path, n = dataset.path.with_name(f"{dataset.path.stem}_features.h5"), len(dataset)
+    cells = math.ceil(config.image_size / 32)
+    key, shape = features_key(dataset, encoder, config), (n, cells, cells, encoder.dim)
+    file = start_features(path, key, shape) if rank == 0 else None
+    # One row at least is left to a run that goes on: writing the last one gives the file its name.
+    done = from_first_process(min(int(file.attrs["done"]), n - 1) if file else n)
+    if done < n:
+        encoder.eval()
+        batches = iter(make_loader(Subset(dataset, range(done, n)), config, False, rank, world_size))
+        with tqdm(total=n, initial=done, desc=path.stem, unit="picture", disable=rank > 0) as bar:
+            while done < n:
+                grids = [encode_half(encoder, images.to(device), rows, dataset)
+                         for images, _, _, rows in itertools.islice(batches, 1)]  # in the end some have none left
+                for grid in gather_lists(grids):
+                    if rank == 0:
+                        write_features(file, path, done, grid)
+                    done += len(grid)
+                    bar.update(len(grid))
+    dataset.read_features(path, key, shape)
+    budget = 0.75 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return KeptFeatures(dataset.hold_features(device, budget))
+
+
+def encode_half(encoder, images, rows, dataset):
+    """The grids of a batch as a fp16 array (B, h, w, D); UserError, naming the pictures, where fp16 cannot hold them."""
+    grid = encode(encoder, images).half()
+    if not grid.isfinite().all():
+        names = ", ".join(dataset.image_ids[row] for row in rows.tolist())
+        raise UserError(f"the encoder gives values that fp16 cannot hold (beyond 65504) for one of the pictures {names}: "
+                        f"give --cache_features false")
+    return grid.cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
