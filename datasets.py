@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -250,7 +251,7 @@ class CaptionDataset(Dataset):
     def read_features(self, path, key, shape):
         """Let batches begin with kept features. Args: see open_features. Raises: UserError: it cannot be used."""
         try:
-            with open_features(path, key, shape) as file:
+            with open_features(path, key, shape)[0] as file:
                 self.features_map = path, np.float16, "r", file["features"].id.get_offset(), shape
         except ValueError as error:
             raise UserError(f"{path} {error}: the first process has just found it whole, so --data_dir must be on a "
@@ -296,7 +297,7 @@ def open_split(path):
             data = own_data(file, name, kind)
             if not (data.ndim == ndim and len(data) == len(file["images"])
                     and (kind is not object or h5py.check_string_dtype(data.dtype))):
-                raise ValueError(f"no proper {name!r}")
+                raise ValueError(f"has no proper {name!r}")
         images, captions = file["images"], file["captions"]
         if images.chunks or (images.size and images.id.get_offset() is None):
             raise ValueError("'images' is not contiguous")
@@ -317,7 +318,7 @@ def own_data(file, name, kind):
     """A data set that lies in this very file. Returns: h5py.Dataset. Raises: ValueError: none, or of another dtype."""
     data = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
     if not (isinstance(data, h5py.Dataset) and data.dtype == kind and not data.external and not data.is_virtual):
-        raise ValueError(f"no proper {name!r}")
+        raise ValueError(f"has no proper {name!r}")
     return data
 
 
@@ -424,7 +425,7 @@ def open_features(path, key, shape, mode="r"):
     Args:
         path (Path). key (dict): of features_key. shape (tuple): (N, h, w, D). mode (str): "r", or "r+" to go on.
     Returns:
-        h5py.File; its attribute `done` says how many rows are worked out.
+        h5py.File, which keeps other processes from writing; int: how many rows are worked out.
     Raises:
         ValueError: what is wrong, in words that follow the path. BlockingIOError: another process is writing it.
     """
@@ -441,16 +442,18 @@ def open_features(path, key, shape, mode="r"):
                 what = {"encoder_digest": "encoder weights", "images_digest": "pictures"}.get(
                     name, f"{name} ({found}, not {value})")
                 raise ValueError(f"was made with other {what}")
-        data, done = own_data(file, "features", np.float16), int(file.attrs["done"])
-        offset = data.id.get_offset()  # None where chunked, or where nothing was written yet
-        if data.shape != shape or offset is None or offset + data.nbytes > path.stat().st_size:
-            raise ValueError(f"does not hold {shape} contiguous numbers")
-        if not (done == len(data) if mode == "r" else 0 <= done <= len(data)):
-            raise ValueError(f"holds {done} of {len(data)} pictures")
+        for name, kind, expected in (("features", np.float16, shape), ("done", np.int64, (1,))):
+            data = own_data(file, name, kind)
+            offset = data.id.get_offset()  # None where chunked
+            if data.shape != expected or offset is None or offset + data.nbytes > path.stat().st_size:
+                raise ValueError(f"has no proper {name!r}")
+        done = int(data[0])
+        if not (done == shape[0] if mode == "r" else 0 <= done <= shape[0]):
+            raise ValueError(f"holds {done} of {shape[0]} pictures")
     except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
         file.close()
         raise ValueError(str(error) if type(error) is ValueError else f"is damaged ({error})") from None
-    return file
+    return file, done
 
 
 def start_features(path, key, shape):
@@ -461,33 +464,35 @@ def start_features(path, key, shape):
     Args:
         path (Path), key (dict), shape (tuple): see open_features.
     Returns:
-        h5py.File to be given to write_features; None where `path` is whole and of this key.
+        h5py.File to be given to write_features, or None where `path` is whole and of this key; int: rows done.
     Raises:
         UserError: not enough disk, not writable, or another run at work on it.
     """
-    temporary, file = path.with_name(f"{path.name}.tmp"), None
+    temporary, file, done = path.with_name(f"{path.name}.tmp"), None, 0
     try:
         if path.exists():
             try:
-                open_features(path, key, shape).close()
-                return None
+                open_features(path, key, shape)[0].close()
+                return None, shape[0]
             except ValueError as error:
                 print(f"{path} {error}: working out new features")
         if temporary.exists():
             try:
-                file = open_features(temporary, key, shape, "r+")
+                file, done = open_features(temporary, key, shape, "r+")
             except ValueError as error:
                 print(f"{temporary} {error}: beginning again")
                 temporary.unlink()
-        rows = shape[0] - (int(file.attrs["done"]) if file else 0)
-        need_space(path.parent, 2 * rows * int(np.prod(shape[1:])), f"for {path}")
+        size = 2 * math.prod(shape)
+        need_space(path.parent, size * (1 - done / shape[0]), f"for {path}")
         if file is None:
-            file = h5py.File(temporary, "x")
-            file.create_dataset("features", shape, np.float16)
-            file.attrs.update(key)
-            file.attrs.create("done", 0, dtype=np.int64)
-            file.flush()
-        return file
+            with open(temporary, "xb") as raw:  # where a file so large cannot be, HDF5 would take the process with it
+                raw.truncate(size)
+            with h5py.File(temporary, "w") as file:
+                file.attrs.update(key)
+                file["done"] = np.zeros(1, np.int64)
+                file.create_dataset("features", shape, np.float16)[0] = 0  # at its first write it gets its whole place
+            file, done = open_features(temporary, key, shape, "r+")
+        return file, done
     except BlockingIOError:
         raise UserError(f"{temporary}: another run is writing these features; start again when it has") from None
     except (OSError, RuntimeError) as error:
@@ -497,30 +502,31 @@ def start_features(path, key, shape):
 def write_features(file, path, start, grid):
     """Write rows; those that are safely on the disk are counted as done, and when all are, the file gets its name.
 
+    They go straight into their place in the file: HDF5 itself does not survive a disk that fills up.
+
     Args:
         file (h5py.File): of start_features. path (Path): its final name. start (int). grid: fp16 array (B, h, w, D).
     Raises:
         UserError: the disk is full, or the like; what is done is kept for the next run.
     """
-    data, stop = file["features"], start + len(grid)
+    features, done, temporary = file["features"], file["done"], file.filename
+    stop = start + len(grid)
     try:
-        data[start:stop] = grid
-        if stop - file.attrs["done"] >= SYNC_ROWS or stop == len(data):
-            sync(file)  # the rows first: a count that is on the disk before them would outlive them
-            file.attrs.modify("done", stop)
-            sync(file)
-        if stop == len(data):
-            temporary = file.filename
+        with open(temporary, "r+b") as raw:
+            raw.seek(features.id.get_offset() + start * grid[0].nbytes)
+            raw.write(grid.tobytes())
+            if start // SYNC_ROWS < stop // SYNC_ROWS or stop == len(features):
+                raw.flush()
+                os.fsync(raw.fileno())  # before the count, which must not outlive the rows
+                raw.seek(done.id.get_offset())
+                raw.write(np.int64(stop).tobytes())
+                raw.flush()
+                os.fsync(raw.fileno())
+        if stop == len(features):
             file.close()
             os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise not_written(path, error) from None
-
-
-def sync(file):
-    """Bring an h5py.File onto the disk."""
-    file.flush()
-    os.fsync(file.id.get_vfd_handle())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

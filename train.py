@@ -293,9 +293,9 @@ def keep_features(dataset, encoder, config, device, rank, world_size):
     path, n = dataset.path.with_name(f"{dataset.path.stem}_features.h5"), len(dataset)
     cells = math.ceil(config.image_size / 32)
     key, shape = features_key(dataset, encoder, config), (n, cells, cells, encoder.dim)
-    file = start_features(path, key, shape) if rank == 0 else None
+    file, done = start_features(path, key, shape) if rank == 0 else (None, None)
     # One row at least is left to a run that goes on: writing the last one gives the file its name.
-    done = from_first_process(min(int(file.attrs["done"]), n - 1) if file else n)
+    done = from_first_process(min(done, n - 1) if file else done)
     if done < n:
         encoder.eval()
         batches = iter(make_loader(Subset(dataset, range(done, n)), config, False, rank, world_size))
@@ -308,18 +308,19 @@ def keep_features(dataset, encoder, config, device, rank, world_size):
                         write_features(file, path, done, grid)
                     done += len(grid)
                     bar.update(len(grid))
+        from_first_process(None)  # has the file named by now
     dataset.read_features(path, key, shape)
     budget = 0.75 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     return KeptFeatures(dataset.hold_features(device, budget))
 
 
 def encode_half(encoder, images, rows, dataset):
-    """The grids of a batch as a fp16 array (B, h, w, D); UserError, naming the pictures, where fp16 cannot hold them."""
+    """A batch's grids as an fp16 array (B, h, w, D); UserError, naming the pictures, where fp16 cannot hold them."""
     grid = encode(encoder, images).half()
     if not grid.isfinite().all():
         names = ", ".join(dataset.image_ids[row] for row in rows.tolist())
-        raise UserError(f"the encoder gives values that fp16 cannot hold (beyond 65504) for one of the pictures {names}: "
-                        f"give --cache_features false")
+        raise UserError(f"the encoder gives values that fp16 cannot hold (beyond 65504) for one of the pictures "
+                        f"{names}: give --cache_features false")
     return grid.cpu().numpy()
 
 
