@@ -54,6 +54,7 @@ class Config:
     log_dir: str = "logs"  # one folder a run: TensorBoard events, log.jsonl, config.json
     print_freq: int = 50  # steps between two readings of loss, gradient norm and speed; each costs a synchronisation
     seed: int = 0  # weights, shuffling, dropout
+    precision: str = "auto"  # of training: float32, bfloat16 (autocast), or auto: bfloat16 on a GPU that has it
     device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, ...
     workers: int = 4  # processes that read batches; 0 reads in the training process itself
     cache_features: bool = False  # run a frozen encoder once and keep its grids in data_dir: 262 KB a picture, fp16
@@ -78,6 +79,8 @@ class Config:
         for name, bound in at_most.items():
             if not getattr(self, name) <= bound:
                 raise UserError(f"--{name} must be at most {bound}, not {getattr(self, name)}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise UserError(f"--precision must be auto, float32 or bfloat16, not {self.precision!r}")
         if self.encoder not in ENCODERS:
             raise UserError(f"--encoder must be one of {', '.join(ENCODERS)}, not {self.encoder!r}")
         if self.cache_features and self.fine_tune_encoder:

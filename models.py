@@ -1,15 +1,16 @@
 """Show, Attend and Tell (Xu et al. 2015, arXiv 1502.03044) with soft attention, in the paper's order.
 
-Symbols: B pictures, K captions a picture, G cells of the ResNet's own grid, P pixels the attention chooses among,
-T steps, D encoder dim, A attention dim, E word embedding dim, H decoder dim, V words.
+Symbols: B pictures, K captions a picture, N captions in all, G cells of the ResNet's own grid, P pixels the attention
+chooses among, T steps, M real tokens, D encoder dim, A attention dim, E word embedding dim, H decoder dim, V words.
 "Eq." and "section" refer to the paper; the parameters have the names of the PyTorch original.
 
 Departures from the original, and why:
 - The encoder gives the grid of the ResNet itself (8x8 at 256 pixels). Pooling it to 14x14 is a fixed P x G matrix, and
   commutes with whatever is linear: so only the energies are worked out on P pixels, the rest on G. Same numbers.
 - `encoder_att` of the pixels and the words' part of the LSTM's input do not depend on the state: once, not every step.
-- The K captions of a picture share its pixels.
-- The words are scored once, for all real tokens together, after the time loop. Same numbers.
+- The K captions of a picture share its pixels. A caption that has ended leaves the time loop.
+- The hidden layer of the attention, (B, K, P, A), is never held whole, and made again in the backward pass.
+- The words are scored, and the weights' gradients summed, for all real tokens together, outside the time loop.
 - A frozen layer stays in eval mode: its batch norms must not drift.
 - Generated captions never contain <pad>, <start> or <unk>, and one that never ends is given as far as it goes.
 Departures from the paper that the original already made: a ResNet instead of VGG, a gate beta for every feature
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from config import UserError
 from datasets import END, PAD, START, UNK
@@ -117,19 +119,67 @@ class Attention(nn.Module):
         self.decoder_att = nn.Linear(decoder_dim, attention_dim)
         self.full_att = nn.Linear(attention_dim, 1)
 
-    def forward(self, pixels, query):
+    def forward(self, pixels, query, captions):
         """
         Args:
             pixels (Pixels): of B pictures.
-            query: decoder_att(h), (B, K, A).
+            query: decoder_att(h) of n captions, (n, A).
+            captions (Open): which these are.
         Returns:
-            context z, (B, K, D), Eq. 13 before its gate; alpha (B, K, P), which sums to 1.
+            context z, (n, D), Eq. 13 before its gate; alpha (n, P), which sums to 1.
         """
-        hidden = F.relu(pixels.keys.unsqueeze(1) + query.unsqueeze(2))  # (B, K, P, A)
-        energy = self.full_att(hidden).squeeze(3)  # Eq. 4: e = f_att(a, h)
-        alpha = F.softmax(energy, dim=2)  # Eq. 5
+        places, A = len(pixels.keys) * captions.K, query.shape[1]
+        query = query.new_zeros(places, A).index_copy(0, captions.place, query).view(-1, captions.K, A)
+        energy = Energy.apply(pixels.keys, query, self.full_att.weight[0], captions.counts)  # Eq. 4
+        alpha = F.softmax(energy + self.full_att.bias, dim=2)  # Eq. 5
         context = (alpha @ pixels.pool) @ pixels.grid  # (B, K, P) (P, G) (B, G, D): Eq. 13, sum of alpha times a
-        return context, alpha
+        return context.flatten(0, 1)[captions.place], alpha.flatten(0, 1)[captions.place]
+
+
+class Energy(torch.autograd.Function):
+    """Eq. 4, e = f_att(a, h) = weight . relu(key of a + query of h), without holding its hidden layer (B, K, P, A).
+
+    On a CPU the layer is made picture by picture in a buffer that stays in the cache; the backward pass makes it again
+    instead of having kept it. keys (B, P, A), query (B, K, A), weight (A,), counts (list of B int: how many of each
+    picture's K captions are open, the first ones; the energies of the others are 0) -> energy (B, K, P).
+    """
+
+    @staticmethod
+    def forward(ctx, keys, query, weight, counts):
+        ctx.save_for_backward(keys, query, weight)
+        ctx.counts = counts
+        energy = keys.new_zeros(*query.shape[:2], keys.shape[1])
+        for part, hidden in Energy.hidden_layers(keys, query, counts):
+            energy[part] = hidden @ weight.to(hidden)
+        return energy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        keys, query, weight = ctx.saved_tensors
+        grad_keys, grad_query, grad_weight = (torch.zeros_like(x) for x in (keys, query, weight))
+        for part, hidden in Energy.hidden_layers(keys, query, ctx.counts):
+            grad_energy = grad[part].to(hidden)  # (b, k, P)
+            grad_weight += hidden.flatten(0, 2).T @ grad_energy.flatten()
+            hidden.sign_()  # the derivative of relu
+            grad_query[part] = (grad_energy.unsqueeze(2) @ hidden).squeeze(2)
+            by_pixel = grad_energy.transpose(1, 2).unsqueeze(2).contiguous()  # (b, P, 1, k)
+            torch.mul((by_pixel @ hidden.transpose(1, 2)).squeeze(2), weight.to(keys), out=grad_keys[part[0]])
+        return grad_keys, grad_query * weight.to(query), grad_weight, None
+
+    @staticmethod
+    def hidden_layers(keys, query, counts):
+        """relu(key + query), part by part. Yields: (pictures, captions) as slices, (b, k, P, A), overwritten by the
+        next."""
+        (B, P, A), K = keys.shape, query.shape[1]
+        b = 1 if keys.device.type == "cpu" else B
+        buffer = keys.new_empty(b * K * P * A)
+        for start in range(0, B, b):
+            pictures, k = slice(start, start + b), max(counts[start:start + b])
+            if k:
+                hidden = buffer[:b * k * P * A].view(b, k, P, A)
+                torch.add(keys[pictures].unsqueeze(1), query[pictures, :k].unsqueeze(2), out=hidden).relu_()
+                yield (pictures, slice(k)), hidden
 
 
 class Pixels(NamedTuple):
@@ -142,6 +192,14 @@ class Pixels(NamedTuple):
     def of(self, pictures):
         """The same for some of the pictures only (a mask or an index)."""
         return Pixels(self.grid[pictures], self.pool, self.keys[pictures])
+
+
+class Open(NamedTuple):
+    """Which captions go on at a step. Of a picture's K places those that have ended are the last."""
+
+    place: torch.Tensor  # int64 (n,): picture * K + place among the picture's captions
+    counts: list  # of int: how many of each picture
+    K: int
 
 
 def pool_matrix(height, width, size):
@@ -200,8 +258,8 @@ class DecoderWithAttention(nn.Module):
         return Pixels(grid, pool, pool @ F.linear(grid, attention.weight) + attention.bias)
 
     def init_hidden_state(self, pixels):
-        """h_0 and c_0 from the mean annotation vector (section 3.1.2). Returns: two of (B, 1, H)."""
-        mean = pixels.pool.mean(dim=0, keepdim=True) @ pixels.grid  # (B, 1, D)
+        """h_0 and c_0 from the mean annotation vector (section 3.1.2). Returns: two of (B, H)."""
+        mean = (pixels.pool.mean(dim=0, keepdim=True) @ pixels.grid).squeeze(1)  # (B, D)
         return self.init_h(mean), self.init_c(mean)
 
     def word_input(self, words):
@@ -209,52 +267,96 @@ class DecoderWithAttention(nn.Module):
         return F.linear(self.embedding(words), self.decode_step.weight_ih[:, :self.embed_dim],
                         self.decode_step.bias_ih)
 
-    def state_weights(self):
-        """The three products with h as one matrix: Returns: weight (A + D + 4H, H), bias (A + D + 4H,)."""
+    def step_weights(self):
+        """What is multiplied at every step: the three products with h as one, and that with the context.
+
+        Returns:
+            weight (A + D + 4H, H) and bias (A + D + 4H,) of h, weight (4H, D) of the context.
+        """
         parts = self.attention.decoder_att, self.f_beta
         return (torch.cat([*(part.weight for part in parts), self.decode_step.weight_hh]),
-                torch.cat([*(part.bias for part in parts), self.decode_step.bias_hh]))
+                torch.cat([*(part.bias for part in parts), self.decode_step.bias_hh]),
+                self.decode_step.weight_ih[:, self.embed_dim:])
 
-    def step(self, pixels, state_weights, word_input, h, c):
-        """One time step of K captions of each of B pictures.
+    def step(self, pixels, captions, weights, word_input, h, c):
+        """One time step of n captions.
 
         Args:
-            pixels (Pixels). state_weights: of this decoder. word_input: (B, K, 4H). h, c: (B, K, H).
+            pixels (Pixels): of B pictures. captions (Open): which captions of theirs.
+            weights: as of step_weights; the bias may be one for each caption. word_input: (n, 4H). h, c: (n, H).
         Returns:
-            h, c: (B, K, H); alpha: (B, K, P).
+            h, c: (n, H); alpha: (n, P); context: (n, D), after its gate.
         """
+        h_weight, h_bias, context_weight = weights
         a_dim, d_dim = self.attention.decoder_att.out_features, self.f_beta.out_features
-        query, beta, gates = F.linear(h, *state_weights).split([a_dim, d_dim, 4 * h.shape[2]], dim=2)
-        context, alpha = self.attention(pixels, query)
+        query, beta, gates = torch.addmm(h_bias, h, h_weight.T).split([a_dim, d_dim, 4 * h.shape[1]], dim=1)
+        context, alpha = self.attention(pixels, query, captions)
         context = torch.sigmoid(beta) * context  # section 4.2.1: z = beta * sum of alpha a, beta = sigmoid(f_beta(h))
-        gates = gates + word_input + F.linear(context, self.decode_step.weight_ih[:, self.embed_dim:])
-        i, f, g, o = gates.chunk(4, dim=2)  # Eq. 1; PyTorch's order, in which g is the input modulator
+        gates = torch.addmm(gates + word_input, context, context_weight.T)
+        i, f, g, o = gates.chunk(4, dim=1)  # Eq. 1; PyTorch's order, in which g is the input modulator
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # Eq. 2
         h = torch.sigmoid(o) * torch.tanh(c)  # Eq. 3
-        return h, c, alpha
+        return h, c, alpha, context
 
     def forward(self, grid, captions, caption_lengths):
         """Teacher forcing: at every step the true word before goes in.
 
         Args:
             grid: (B, h, w, D), as the encoder gives it.
-            captions: int64 (B, K, T + 1), <start> first. caption_lengths: int64 (B, K); 0 where there is no caption.
+            captions: int64 (B, K, T + 1), <start> first. caption_lengths: int64 (B, K), on the CPU, as the loop's sizes
+                are taken from it; 0 where there is no caption.
         Returns:
-            scores (N, V) and targets (N,) of the N real tokens, <end> among them; alphas (B, K, T, P), 0 after a
+            scores (M, V) and targets (M,) of the M real tokens, <end> among them; alphas (B, K, T, P), 0 after a
             caption's end.
         """
-        words, targets = captions[:, :, :-1], captions[:, :, 1:]
-        real = torch.arange(words.shape[2], device=words.device) < caption_lengths.unsqueeze(2) - 1  # (B, K, T)
+        (B, K, T), lengths = captions[:, :, 1:].shape, caption_lengths.flatten() - 1
+        order = lengths.argsort(descending=True, stable=True)[:int((lengths > 0).sum())]  # the N captions
+        picture = order // K
+        place = picture * K + (picture.unsqueeze(1) == picture).tril(-1).sum(dim=1)
+        real = torch.arange(T).unsqueeze(1) < lengths[order]  # (T, N): the first sizes[t] captions are open at step t
+        sizes, (step, caption) = real.sum(dim=1).tolist(), real.nonzero(as_tuple=True)
+        counts = [torch.bincount(picture[:n], minlength=B).tolist() for n in sizes]
+        token = order[caption] * T + step  # (M,), which of the (B, K, T) each is, in the loop's order
+        back = token.argsort()  # to the captions' order
+        picture, place, token, back = (x.to(grid.device, non_blocking=True) for x in (picture, place, token, back))
+
+        words, targets = captions[:, :, :-1].flatten()[token], captions[:, :, 1:].flatten()[token]
         pixels = self.look(grid)
-        h, c = (state.expand(-1, words.shape[1], -1) for state in self.init_hidden_state(pixels))
-        word_input, state_weights = self.word_input(words), self.state_weights()
-        states, alphas = [], []
-        for t in range(words.shape[2]):
-            h, c, alpha = self.step(pixels, state_weights, word_input[:, :, t], h, c)
+        h, c = (state[picture] for state in self.init_hidden_state(pixels))
+        word_input = self.word_input(words)  # (M, 4H), in autocast's type where that is on
+        h_weight, h_bias, context_weight = (x.to(word_input.dtype) for x in self.step_weights())
+        hs, contexts, states, alphas = [], [], [], []
+        biases = LateGradient.apply(h_bias.expand(len(word_input), -1), h_weight, hs).split(sizes)
+        word_inputs = LateGradient.apply(word_input, context_weight, contexts).split(sizes)
+        h_weight, context_weight = h_weight.detach(), context_weight.detach().contiguous()
+        for n, count, bias, word_input in zip(sizes, counts, biases, word_inputs):
+            hs.append(h[:n].detach())
+            h, c, alpha, context = self.step(pixels, Open(place[:n], count, K), (h_weight, bias, context_weight),
+                                             word_input, h[:n], c[:n])
+            contexts.append(context.detach())
             states.append(h)
             alphas.append(alpha)
-        scores = self.fc(self.dropout(torch.stack(states, dim=2)[real]))
-        return scores, targets[real], torch.stack(alphas, dim=2) * real.unsqueeze(3)
+        scores, alphas = self.fc(self.dropout(torch.cat(states)[back])), torch.cat(alphas)
+        alphas = alphas.new_zeros(B * K * T, alphas.shape[1]).index_copy(0, token, alphas)
+        return scores, targets[back], alphas.unflatten(0, (B, K, T))
+
+
+class LateGradient(torch.autograd.Function):
+    """The gradient of a weight that every step of the time loop multiplies with, in one product after the loop.
+
+    A step computes base[t] + inputs[t] @ weight.T with the weight detached, so the gradient of its result is that of
+    base[t]. base (M, out), weight (out, in), inputs (list that the loop fills with (n, in), M rows in all) -> base.
+    """
+
+    @staticmethod
+    def forward(ctx, base, weight, inputs):
+        ctx.inputs = inputs
+        return base.view_as(base)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad, grad.T @ torch.cat(ctx.inputs).to(grad), None
 
 
 def caption_loss(scores, targets, alphas, caption_lengths):
@@ -267,7 +369,7 @@ def caption_loss(scores, targets, alphas, caption_lengths):
         its weight does not depend on their number) and summed over the real captions.
     """
     coverage = ((1 - alphas.sum(dim=2)) ** 2).mean(dim=2)  # (B, K)
-    return F.cross_entropy(scores, targets, reduction="sum"), (coverage * (caption_lengths > 0)).sum()
+    return F.cross_entropy(scores, targets, reduction="sum"), (coverage * (caption_lengths > 0).to(coverage)).sum()
 
 
 class Captions(NamedTuple):
@@ -294,8 +396,8 @@ def beam_search(decoder, grid, beam_size, max_len, word_map):
         Captions
     """
     B, K, V, T = len(grid), beam_size, len(word_map), max_len + 1
-    pixels, state_weights = decoder.look(grid), decoder.state_weights()
-    h, c = (state.expand(-1, K, -1) for state in decoder.init_hidden_state(pixels))
+    pixels, weights = decoder.look(grid), decoder.step_weights()
+    h, c = (state.unsqueeze(1).expand(-1, K, -1) for state in decoder.init_hidden_state(pixels))  # (B, K, H)
     never = torch.tensor([word_map[PAD], word_map[START], word_map[UNK]], device=grid.device)
     word = torch.full((B, K), word_map[START], device=grid.device)
     score = grid.new_full((B, K), -torch.inf)
@@ -311,7 +413,10 @@ def beam_search(decoder, grid, beam_size, max_len, word_map):
     last, beam = torch.zeros_like(todo), torch.zeros_like(todo)
 
     for t in range(T):
-        h, c, alpha = decoder.step(pixels, state_weights, decoder.word_input(word), h, c)
+        beams = Open(torch.arange(len(todo) * K, device=grid.device), [K] * len(todo), K)
+        h, c, alpha, _ = decoder.step(pixels, beams, weights, decoder.word_input(word.flatten()), h.flatten(0, 1),
+                                      c.flatten(0, 1))
+        h, c, alpha = (x.unflatten(0, (-1, K)) for x in (h, c, alpha))
         log_p = F.log_softmax(decoder.fc(h), dim=2).index_fill_(2, never, -torch.inf)  # (b, K, V)
         score, index = first_largest((score.unsqueeze(2) + log_p).flatten(1), K)  # (b, K)
         parent, word = index // V, index % V

@@ -162,10 +162,11 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer)
     started, steps = since, len(loader)
     bar = tqdm(loader, desc=f"epoch {state['epoch'] + 1}", unit="batch", disable=writer is None)
     for number, (images, captions, lengths, rows) in enumerate(bar, 1):
-        images, captions, lengths = (x.to(device, non_blocking=True) for x in (images, captions, lengths))
-        counts = counts_of(lengths)
-        scores, targets, alphas = decoder(encoder(images), captions, lengths)
-        cross_entropy, coverage = caption_loss(scores, targets, alphas, lengths)
+        images, captions = images.to(device, non_blocking=True), captions.to(device, non_blocking=True)
+        counts = counts_of(lengths).to(device, non_blocking=True)
+        with mixed_precision(config, device):
+            scores, targets, alphas = decoder(encoder(images), captions, lengths)
+            cross_entropy, coverage = caption_loss(scores, targets, alphas, lengths)
         n_tokens, n_captions, _ = sum_over_processes(counts.clone()).clamp(min=1)
         # The gradients of all processes are averaged, where these parts of one loss want to be summed.
         loss = world_size * (cross_entropy / n_tokens + config.alpha_c * coverage / n_captions)
@@ -195,6 +196,13 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer)
                 for name, value in {**means, "gradient_norm": norm.item(), **rates(optimizers)}.items():
                     writer.add_scalar(f"train/{name}", value, state["step"])
     return epoch_means(totals, config, time.perf_counter() - started)
+
+
+def mixed_precision(config, device):
+    """autocast to bfloat16 where config.precision asks for it; weights, their updates and the loss stay float32."""
+    wanted = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda"
+                                                and torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
 def counts_of(lengths):
@@ -243,11 +251,10 @@ def validate(encoder, decoder, loader, config, word_map):
     totals, generated, started = torch.zeros(6, dtype=torch.float64, device=device), [], time.perf_counter()
     for images, captions, lengths, rows in tqdm(loader, desc="validate", unit="batch", leave=False,
                                                 disable=dist.is_initialized() and dist.get_rank() > 0):
-        captions, lengths = captions.to(device), lengths.to(device)
         grid = encoder(images.to(device))
-        scores, targets, alphas = decoder(grid, captions, lengths)
+        scores, targets, alphas = decoder(grid, captions.to(device), lengths)
         totals += torch.stack([*caption_loss(scores, targets, alphas, lengths), top5_hits(scores, targets),
-                               *counts_of(lengths)])
+                               *counts_of(lengths).to(device)])
         for caption in generate(decoder, grid, rows, config, word_map, beam_size=1):
             if caption["row"] >= PICTURES_SHOWN:
                 del caption["alphas"]
