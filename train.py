@@ -279,15 +279,18 @@ class KeptFeatures(torch.nn.Module):
         self.held = held
 
     def forward(self, given):
-        """Args: features fp16 (B, h, w, D), or where all are held rows int64 (B,). Returns: float (B, h, w, D)."""
-        return (given if self.held is None else self.held[given]).float()
+        """Args: fp16 (B, h, w, D), or where all are held rows int64 (B,). Returns: (B, h, w, D), as the encoder's."""
+        kind = given.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        return (given if self.held is None else self.held[given]).to(dtype)
 
 
 def keep_features(dataset, encoder, config, device, rank, world_size):
     """Let a data set give the frozen encoder's own grids from {split}_features.h5, made first where need be.
 
-    All processes encode; the first one writes, in the order of the rows, so that a run of any number of processes goes
-    on where another was killed. A GPU holds them all where a quarter of its free memory is left for training.
+    They are worked out in float32, whatever the precision of training. All processes encode; the first one writes, in
+    the order of the rows, so that a run of any number of processes goes on where another was killed. A GPU holds them
+    all where they leave a quarter of its free memory for training.
 
     Args:
         dataset (CaptionDataset): its batches change, see there. encoder (Encoder). config (Config).

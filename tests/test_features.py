@@ -81,6 +81,8 @@ def test_batches_begin_with_the_encoders_own_grid(folder, encoder):
     assert given.dtype == torch.float16 and np.array_equal(given, dataset.features[[7, 2, 2]])
     assert all(torch.equal(a, b) for a, b in zip(others, plain[[7, 2, 2]][1:]))
     assert kept(given).dtype == torch.float32 and torch.equal(kept(given), given.float())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert kept(given).dtype == encoder(torch.from_numpy(dataset.images[[7]])).dtype
 
     again, _, encoded = keep(folder, encoder, "train")
     assert encoded == 0 and np.array_equal(again.features, dataset.features)
