@@ -487,10 +487,14 @@ def start_features(path, key, shape):
         if file is None:
             with open(temporary, "xb") as raw:  # where a file so large cannot be, HDF5 would take the process with it
                 raw.truncate(size)
+            # Both data sets get their place at once and are not written, which leaves 0 in it.
+            places = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            places.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            places.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
             with h5py.File(temporary, "w") as file:
                 file.attrs.update(key)
-                file["done"] = np.zeros(1, np.int64)
-                file.create_dataset("features", shape, np.float16)[0] = 0  # at its first write it gets its whole place
+                file.create_dataset("done", (1,), np.int64, dcpl=places)
+                file.create_dataset("features", shape, np.float16, dcpl=places)
             file, done = open_features(temporary, key, shape, "r+")
         return file, done
     except BlockingIOError:
@@ -526,7 +530,8 @@ def write_features(file, path, start, grid):
             file.close()
             os.replace(temporary, path)
     except OSError as error:
-        raise not_written(path, error) from None
+        raise UserError(f"{not_written(path, error)}: what is done is kept, so start again when this is mended"
+                        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
