@@ -17,6 +17,7 @@ Departures from the paper that the original already made: a ResNet instead of VG
 instead of one number, the words scored from the state alone, fc(dropout(h)), not by the deep output of Eq. 7, and the
 last term of Eq. 14 as a mean over the pixels.
 """
+import copy
 import math
 from typing import NamedTuple
 from urllib.error import URLError
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from config import UserError
 from datasets import END, PAD, START, UNK
@@ -80,6 +82,30 @@ class Encoder(nn.Module):
         for layer in self.resnet[:self.frozen]:
             layer.eval()
         return self
+
+
+    def folded(self):
+        """The same function for an encoder that is not trained, faster: batch norms folded into the convolutions.
+
+        Returns:
+            Encoder, in eval mode; its state dict has other names. The numbers are the same up to rounding.
+        """
+        encoder = copy.deepcopy(self).eval()
+        fold_batch_norms(encoder.resnet)
+        encoder.resnet.requires_grad_(False).to(memory_format=torch.channels_last)
+        return encoder
+
+
+def fold_batch_norms(module):
+    """Let each convolution do the work of the batch norm after it, which in eval mode is linear too. In place."""
+    previous = None
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, previous, fuse_conv_bn_eval(getattr(module, previous), child))
+            setattr(module, name, nn.Identity())
+        else:
+            fold_batch_norms(child)
+        previous = name
 
 
 def load_resnet(name, weights):

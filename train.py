@@ -86,11 +86,12 @@ def main():
         resume_optimizers(optimizers, checkpoint, args.flags)
     if world_size > 1 and device.type == "cuda":
         encoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
-    models = encoder, decoder  # what is saved and validated; the same weights as what is trained:
-    trained = (parallel(encoder, config.fine_tune_encoder, world_size), parallel(decoder, True, world_size))
+    # What sees the pictures; `encoder` is what is saved.
+    eyes = encoder if config.fine_tune_encoder else encoder.folded()
+    trained = parallel(eyes, config.fine_tune_encoder, world_size), parallel(decoder, True, world_size)
     if config.cache_features:
         trained = keep_features(train_set, encoder, config, device, rank, world_size), trained[1]
-        models = keep_features(valid_set, encoder, config, device, rank, world_size), decoder
+        eyes = keep_features(valid_set, encoder, config, device, rank, world_size)
 
     folder = Path(config.log_dir) / state["run"]
     writer = start_log(folder, config, state, checkpoint) if rank == 0 else None
@@ -105,7 +106,7 @@ def main():
         torch.manual_seed((config.seed * 100_003 + state["epoch"]) * 1_009 + rank)
         train_loader.sampler.epoch = state["epoch"]
         training = train_one_epoch(*trained, optimizers, train_loader, config, state, writer)
-        validation, captions = validate(*models, valid_loader, config, word_map)
+        validation, captions = validate(eyes, decoder, valid_loader, config, word_map)
         validation.update(from_first_process(
             score([caption["words"] for caption in captions], references) if rank == 0 else None))
 
@@ -307,7 +308,7 @@ def keep_features(dataset, encoder, config, device, rank, world_size):
     # One row at least is left to a run that goes on: writing the last one gives the file its name.
     done = from_first_process(min(done, n - 1) if file else done)
     if done < n:
-        encoder.eval()
+        encoder = encoder.folded()  # the key is of the weights as they are: another device would fold them otherwise
         batches = iter(make_loader(Subset(dataset, range(done, n)), config, False, rank, world_size))
         with tqdm(total=n, initial=done, desc=path.stem, unit="picture", disable=rank > 0) as bar:
             while done < n:

@@ -80,7 +80,7 @@ def load_checkpoint(path):
 
 
 def load_models(checkpoint, config, device, source):
-    """The trained encoder and decoder of a checkpoint, in eval mode.
+    """The trained encoder (folded) and decoder of a checkpoint, in eval mode.
 
     Args:
         checkpoint (dict): of load_checkpoint. config (Config). device (torch.device). source: its path, for messages.
@@ -92,7 +92,7 @@ def load_models(checkpoint, config, device, source):
     encoder, decoder = build_models(config, len(checkpoint["word_map"]), encoder_weights="none")
     load_state(encoder, checkpoint["encoder"], source)
     load_state(decoder, checkpoint["decoder"], source)
-    return encoder.to(device).eval(), decoder.to(device).eval()
+    return encoder.folded().to(device), decoder.to(device).eval()
 
 
 def load_state(module, state, source):

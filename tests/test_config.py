@@ -17,6 +17,8 @@ def another(field):
     """A value of a field that is allowed and not its default."""
     if field.name == "encoder":
         return "resnet18"
+    if field.name == "precision":
+        return "bfloat16"
     if field.type is str:
         return f"{field.default}2"
     if field.type is bool:

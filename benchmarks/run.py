@@ -1,0 +1,485 @@
+"""How fast this repository is, against the plain implementation in reference.py: same numbers, less time and memory.
+
+    python benchmarks/run.py train                        # one group: preprocess, train, eval or scaling
+    python benchmarks/run.py all --json results.json      # `make bench`; about a quarter of an hour on two cores
+    python benchmarks/run.py scaling --plot scaling.png   # time and memory against batch, caption length, vocabulary
+
+Each case runs the two sides in processes of their own, in turns, so that what else the machine does befalls both. A
+first turn each is not counted; in it both must give the same loss and gradients, or the same captions. A ratio is
+that of two neighbouring turns; given are the median and the range of the ratios. Memory is the peak of the first turn
+above what the side held before it (weights and input). The sizes are AI Challenger's: 9,000 words, captions of 10 to
+21 tokens, ResNet-101 at 256 pixels, 512 dimensions, with random weights and pictures, which take the same time.
+
+Two floors say how much faster it could be at all: the product's multiplications and additions over the rate of a large
+matrix product, and the bytes that its products and convolutions read and write, each once, over the rate of a copy.
+"""
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scripts are
+
+import pre_process  # noqa: E402
+from benchmarks import reference  # noqa: E402
+from config import Config, UserError, run  # noqa: E402
+from datasets import END, PAD, START, UNK  # noqa: E402
+from models import DecoderWithAttention, Encoder, beam_search, caption_loss  # noqa: E402
+from train import make_optimizers, mixed_precision, parameters  # noqa: E402
+
+CONFIG = Config(encoder_weights="none", dropout=0.0)  # dropout draws other numbers on each side
+PICTURES, K, TOKENS, V = 12, 5, (10, 21), 9000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What both sides work on
+
+
+def make_word_map(size):
+    return {word: number for number, word in enumerate([PAD, *(f"w{i}" for i in range(size - 4)), UNK, START, END])}
+
+
+def make_batch(pictures, tokens, vocab_size, device):
+    """Random captions with so many (lowest, highest) tokens, and pictures. Returns: images, captions, lengths (CPU)."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(tokens[0], tokens[1] + 1, (pictures, K), generator=generator) + 1
+    captions = torch.randint(1, vocab_size - 3, (pictures, K, tokens[1] + 1), generator=generator)
+    images = torch.randint(0, 256, (pictures, 256, 256, 3), generator=generator, dtype=torch.uint8)
+    return images.to(device), captions.to(device), lengths
+
+
+def make_features(pictures, device):
+    """Grids like a ResNet-101's: fp16 (pictures, 8, 8, 2048), not negative."""
+    return torch.randn(pictures, 8, 8, 2048, generator=torch.Generator().manual_seed(2)).relu().half().to(device)
+
+
+def make_decoder(vocab_size, side, word_map=None):
+    """The same decoder for both sides; one that writes captions of about twelve words where a word map is given."""
+    torch.manual_seed(0)
+    dims = CONFIG.attention_dim, CONFIG.emb_dim, CONFIG.decoder_dim, vocab_size, 2048, 0.0
+    decoder = DecoderWithAttention(*dims)
+    if word_map:
+        make_talkative(decoder, word_map)
+    if side == "product":
+        return decoder
+    plain = reference.DecoderWithAttention(*dims)
+    plain.load_state_dict(decoder.state_dict())
+    return plain
+
+
+def make_encoder(side):
+    """The same frozen ResNet-101 for both sides."""
+    torch.manual_seed(0)
+    encoder = Encoder(CONFIG.encoder, "none")
+    for module in encoder.modules():  # random residuals would add up to numbers that no trained network has
+        if isinstance(module, torchvision.models.resnet.Bottleneck):
+            torch.nn.init.constant_(module.bn3.weight, 0.1)
+    if side == "product":
+        return encoder.folded()
+    plain = reference.Encoder(CONFIG.encoder, CONFIG.encoded_image_size)
+    plain.load_state_dict(encoder.state_dict())
+    return plain.eval().requires_grad_(False)
+
+
+def pool(grid):
+    """The last layer of reference.Encoder alone: (N, 8, 8, D) -> (N, 14, 14, D)."""
+    return torch.nn.functional.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), 14).permute(0, 2, 3, 1)
+
+
+def make_talkative(decoder, word_map):
+    """Let random weights write captions of about twelve words, as trained ones do; otherwise they end at once or never.
+
+    One unit of the LSTM counts the steps, and <end> waits for it; the other words become clear choices.
+    """
+    unit, end, lstm, fc = 0, word_map[END], decoder.decode_step, decoder.fc
+    for gate, bias in enumerate((-2.5, 12.0, 12.0, 12.0)):  # i, f, g, o: little in, nothing forgotten, all shown
+        row = gate * CONFIG.decoder_dim + unit
+        for parameter, value in ((lstm.weight_ih, 0), (lstm.weight_hh, 0), (lstm.bias_ih, bias), (lstm.bias_hh, 0)):
+            parameter.data[row] = value
+    decoder.init_c.weight.data[unit] *= 4  # pictures begin to count at numbers of their own
+    decoder.embedding.weight.data *= 5
+    fc.weight.data *= 40
+    fc.weight.data[:, unit], fc.weight.data[end] = 0, 0
+    fc.weight.data[end, unit], fc.bias.data[end] = 300, -230
+
+
+def make_photograph(rng, size):
+    """A JPEG's worth of detail: noise of the spectrum that photographs have. Returns: PIL.Image."""
+    width, height = size
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) + 1 / max(size)
+    channels = [np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / frequency, (height, width))
+                for _ in range(3)]
+    luma, *chroma = ((x - x.mean()) / x.std() for x in channels)
+    rgb = np.stack([luma + 0.3 * chroma[0], luma, luma + 0.3 * chroma[1]], axis=2)
+    return Image.fromarray((128 + 55 * rgb).clip(0, 255).astype(np.uint8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cases: each gives a function that does one turn, and one that says, after the first, what both sides must agree in
+
+
+def train_case(side, device, encoder="none", precision="float32", pictures=PICTURES, tokens=TOKENS, vocab_size=V):
+    """A training step, with clipping and Adam, from images or from their features on.
+
+    Args:
+        side (str): reference or product. device (torch.device). precision (str): of the product.
+        encoder (str): none (both have the features), frozen (both run it), or kept (the product has the features).
+    """
+    config = Config(encoder_weights="none", dropout=0.0, precision=precision)
+    images, captions, lengths = make_batch(pictures, tokens, vocab_size, device)
+    decoder = make_decoder(vocab_size, side).to(device).train()
+    model = make_encoder(side).to(device) if encoder != "none" else None
+    features = make_features(pictures, device) if encoder == "none" else None
+    result = {}
+    if side == "reference":
+        optimizers = {"decoder": torch.optim.Adam(decoder.parameters(), lr=config.decoder_lr)}
+        captions, lengths = captions.flatten(0, 1), lengths.flatten().to(device)
+
+        def loss_of_batch():
+            if model:  # as many pictures at a time as the product takes
+                grid = torch.cat([model(part) for part in images.repeat_interleave(K, 0).split(pictures)])
+            else:
+                grid = pool(features.float()).repeat_interleave(K, 0)
+            scores, alphas = decoder(grid, captions, lengths)
+            return reference.caption_loss(scores, alphas, captions, lengths, config.alpha_c)
+    else:
+        optimizers = make_optimizers(config, model, decoder)
+        n_tokens, n_captions = (lengths - 1).sum(), lengths.numel()
+        if encoder == "kept":
+            features = model(images).half()
+
+        def loss_of_batch():
+            with mixed_precision(config, device):
+                grid = model(images) if features is None else features.float()
+                scores, targets, alphas = decoder(grid, captions, lengths)
+                cross_entropy, coverage = caption_loss(scores, targets, alphas, lengths)
+            return cross_entropy / n_tokens + config.alpha_c * coverage / n_captions
+
+    def turn():
+        loss = loss_of_batch()
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_value_(parameters(optimizers), config.grad_clip)
+        for optimizer in optimizers.values():
+            optimizer.step()
+        result["loss"] = loss.detach()
+
+    def agreed():
+        return dict(loss=result["loss"].item(),
+                    gradient=torch.cat([p.grad.flatten().float().cpu() for p in decoder.parameters()]).numpy())
+    return turn, agreed
+
+
+def eval_case(side, device, encoder, beam_size=5, pictures=64):
+    """Captions of 64 pictures by beam search, from images or from their features on."""
+    word_map = make_word_map(V)
+    decoder = make_decoder(V, side, word_map).to(device).eval()
+    model = make_encoder(side).to(device) if encoder else None
+    images, features = make_batch(pictures, TOKENS, V, device)[0], make_features(pictures, device).float()
+    max_len, result = CONFIG.max_len, []
+
+    def turn():
+        result.clear()
+        with torch.no_grad():
+            if side == "product":
+                grid = torch.cat([model(part) for part in images.split(CONFIG.batch_size)]) if model else features
+                found = beam_search(decoder, grid, beam_size, max_len, word_map)
+                result.extend([word for word in words if word] for words in found.words.tolist())
+            else:
+                for i in range(pictures):
+                    grid = model(images[i:i + 1]) if model else pool(features[i:i + 1])
+                    result.append(reference.beam_search(decoder, grid, beam_size, max_len, word_map)[0])
+
+    return turn, lambda: dict(captions=list(result))
+
+
+def preprocess_case(side, device, pictures=192, size=(1000, 700)):
+    """Photograph-sized JPEGs from the disk into HDF5: in one process and decoded whole, or as pre_process.py does."""
+    folder = tempfile.TemporaryDirectory()
+    root = Path(folder.name)
+    rng = np.random.default_rng(0)
+    for i in range(pictures):
+        make_photograph(rng, size).save(root / f"{i}.jpg", quality=90)
+    names, config = [f"{i}.jpg" for i in range(pictures)], Config(data_dir=folder.name)
+    word_map = make_word_map(10)
+    source = dict(folder=root, image_ids=names, captions=[["w1"]] * pictures, empty=0, extra=0, no_caption=0)
+    path = root / "train.h5"
+    workers = ProcessPoolExecutor()
+    list(workers.map(str, range(64)))  # started before the clock is
+
+    def turn():
+        path.unlink(missing_ok=True)
+        if side == "product":
+            pre_process.write_split(workers, config, "train", source, [[["w1"]]] * pictures, word_map, {})
+        else:
+            with h5py.File(path, "w") as file:
+                images = file.create_dataset("images", (pictures, 256, 256, 3), np.uint8)
+                for i, name in enumerate(names):
+                    picture = Image.open(root / name).convert("RGB")
+                    images[i] = np.asarray(picture.resize((256, 256), Image.Resampling.BILINEAR))
+
+    def agreed():
+        with h5py.File(path) as file:
+            return dict(pixels=file["images"][:])
+    return turn, agreed
+
+
+CASES = {
+    "preprocess": dict(preprocess=preprocess_case),
+    "train": dict(train_decoder=train_case,
+                  train_frozen_fp32=partial(train_case, encoder="frozen"),
+                  train_frozen_bf16=partial(train_case, encoder="frozen", precision="bfloat16"),
+                  train_kept_features=partial(train_case, encoder="kept")),
+    "eval": dict(eval_beam5_decode=partial(eval_case, encoder=False), eval_beam5=partial(eval_case, encoder=True)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Turns
+
+
+def serve(connection, make, side, device):
+    """A side's process: a turn whenever asked. Sends (seconds, bytes of memory or None); at last what was agreed."""
+    device = torch.device(device)
+    turn, agreed = make(side, device)
+    memory_of_first, result = None, None
+    for order in iter(connection.recv, "stop"):
+        if order == "count":  # operations and bytes of one turn
+            with FlopCounterMode(display=False) as flops, CountBytes() as traffic:
+                turn()
+            connection.send((flops.get_total_flops(), traffic.total))
+            continue
+        held = memory(device, reset=True)
+        start = time.perf_counter()
+        turn()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        if result is None:
+            memory_of_first = memory(device) - held if held is not None else None
+            result = agreed()
+        connection.send((seconds, memory_of_first))
+    connection.send(result)
+
+
+def memory(device, reset=False):
+    """Bytes held at the most since the last reset; at a reset, bytes held now. None where the system does not say."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        return torch.cuda.max_memory_allocated()
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return int(status.split("VmRSS:" if reset else "VmHWM:")[1].split()[0]) * 1024
+
+
+class CountBytes(TorchDispatchMode):
+    """What matrix products and convolutions read and write, each tensor once an operation."""
+
+    total = 0
+    counted = ("mm", "addmm", "bmm", "addmv", "mv", "convolution", "convolution_backward")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__.rstrip("_") in self.counted:
+            for x in (*args, *(out if isinstance(out, tuple) else (out,))):
+                self.total += x.numel() * x.element_size() if isinstance(x, torch.Tensor) else 0
+        return out
+
+
+def compare(name, make, device, rounds, sides=("reference", "product")):
+    """Run both sides of a case in turns.
+
+    Returns:
+        dict: seconds (side -> list), memory (side -> bytes or None), operations, bytes (of the product).
+    Raises:
+        UserError: they do not agree.
+    """
+    context = multiprocessing.get_context("spawn")
+    processes, ends = [], {}
+    for side in sides:
+        ends[side], other = context.Pipe()
+        processes.append(context.Process(target=serve, args=(other, make, side, str(device)), daemon=False))
+        processes[-1].start()
+        other.close()
+    seconds, held = {side: [] for side in sides}, {}
+    try:
+        for number in range(rounds + 1):
+            for side in sides:
+                ends[side].send("turn")
+                taken, held[side] = ends[side].recv()
+                if number:
+                    seconds[side].append(taken)
+        operations, traffic = 0, 0
+        if name != "preprocess":
+            ends["product"].send("count")
+            operations, traffic = ends["product"].recv()
+        results = {}
+        for side in sides:
+            ends[side].send("stop")
+            results[side] = ends[side].recv()
+    except EOFError:
+        raise UserError(f"{name}: the process of the {side} died; what it said stands above") from None
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            process.kill()
+    if len(sides) == 2:
+        check(name, *results.values())
+    return dict(seconds=seconds, memory=held, operations=operations, bytes=traffic)
+
+
+def check(name, expected, found):
+    """Raise UserError unless both sides gave the same: exactly, or as nearly as the arithmetic allows."""
+    if "captions" in expected:
+        right, what = found == expected, "captions"
+    elif "pixels" in expected:
+        difference = np.abs(found["pixels"].astype(np.float32) - expected["pixels"]).mean()
+        right, what = difference < 1, f"pixels: {difference:.2f} grey levels apart on average"
+    else:
+        loss = abs(found["loss"] / expected["loss"] - 1)
+        gradient = np.linalg.norm(found["gradient"] - expected["gradient"]) / np.linalg.norm(expected["gradient"])
+        # bfloat16 has 8 bits, and kept features are fp16 of 11.
+        limits = {"train_frozen_bf16": (1e-2, 1e-1), "train_kept_features": (1e-3, 1e-2)}.get(name, (1e-5, 1e-4))
+        right = loss < limits[0] and gradient < limits[1]
+        what = f"loss by {loss:.1e}, gradient by {gradient:.1e}"
+    print(f"  {name}: both sides agree ({what})" if right else f"  {name}: the sides differ ({what})", flush=True)
+    if not right:
+        raise UserError(f"{name}: the product does not give what the reference gives: {what}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and curves
+
+
+def measure_rates(device):
+    """The machine's own pace. Returns: dict: float32, bfloat16 (operations/s of a large product), copy (bytes/s)."""
+    def best(function, work):
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return work / min(times[1:])
+
+    n = 2048 if device.type == "cpu" else 8192
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        rates[str(dtype).split(".")[1]] = best(partial(torch.mm, a, b, out=torch.empty_like(a)), 2 * n**3)
+    a = torch.ones(2**27, device=device)
+    b = torch.empty_like(a).fill_(0)
+    return rates | {"copy": best(partial(b.copy_, a), 2 * a.nbytes)}
+
+
+def summarise(found, rates, precision):
+    """One line of the table. Returns: dict: what --json writes, and the floors in s."""
+    reference_s, product_s = (found["seconds"][side] for side in ("reference", "product"))
+    ratios = [r / p for r, p in zip(reference_s, product_s)]
+    held = found["memory"]
+    return dict(reference_s=statistics.median(reference_s), product_s=statistics.median(product_s),
+                ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios),
+                memory_ratio=held["product"] / held["reference"] if held["reference"] else None,
+                floor_operations_s=found["operations"] / rates[precision],
+                floor_bytes_s=found["bytes"] / rates["copy"])
+
+
+def print_row(name, row):
+    floor = max(row["floor_operations_s"], row["floor_bytes_s"])
+    held = "-" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}"
+    print(f"| {name} | {row['reference_s']:.3f} | {row['product_s']:.3f} | {row['ratio']:.1f} "
+          f"({row['ratio_min']:.1f}-{row['ratio_max']:.1f}) | {held} | "
+          + (f"{row['floor_operations_s']:.3f} | {row['floor_bytes_s']:.3f} | {floor / row['product_s']:.0%} |"
+             if floor else "- | - | - |"), flush=True)
+
+
+def scaling(device, rounds, path):
+    """Draw time and memory of a training step of the decoder against its three sizes, both sides."""
+    from matplotlib.figure import Figure
+
+    axes_of = {"pictures a batch": ("pictures", (3, 6, 12, 24), lambda x: x),
+               "tokens a caption": ("tokens", (5, 10, 20, 40), lambda x: (x, x)),
+               "words": ("vocab_size", (3000, 9000, 18000, 36000), lambda x: x)}
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    axes = figure.subplots(2, len(axes_of), sharex="col")
+    for column, (label, (argument, values, convert)) in enumerate(axes_of.items()):
+        curves = {side: ([], []) for side in ("reference", "product")}
+        for value in values:
+            found = compare("scaling", partial(train_case, **{argument: convert(value)}), device, rounds)
+            for side, (times, held) in curves.items():
+                times.append(statistics.median(found["seconds"][side]))
+                held.append((found["memory"][side] or 0) / 2**20)
+            print(f"| {label} {value} | " + " | ".join(f"{side} {times[-1]:.3f} s, {held[-1]:.0f} MiB"
+                                                        for side, (times, held) in curves.items()) + " |", flush=True)
+        for side, (times, held) in curves.items():
+            growth = [f"{y[-1] / y[0]:.1f}" if y[0] else "-" for y in (times, held)]
+            print(f"  {label} x {values[-1] / values[0]:.0f}: {side} time x {growth[0]}, memory x {growth[1]}")
+            for row, (y, what) in enumerate(((times, "s a step"), (held, "MiB at the peak"))):
+                axes[row, column].plot(values, y, "o-", label=side)
+                axes[row, column].set(ylabel=what, ylim=(0, None), xlim=(0, None), **({"xlabel": label} if row else {}))
+                axes[row, column].grid(alpha=0.3)
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=80)
+    print(f"Wrote {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("group", nargs="?", default="all", choices=(*CASES, "scaling", "all"))
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side that count (5)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", metavar="FILE", help="also write the table here")
+    parser.add_argument("--plot", metavar="FILE", default=Path(__file__).parent / "scaling.png",
+                        help="where scaling draws its curves (benchmarks/scaling.png)")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else \
+        f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()} {chip}, Python {platform.python_version()}, torch "
+          f"{torch.__version__}, torchvision {torchvision.__version__}; {args.rounds} rounds")
+    if args.group == "scaling":
+        return scaling(device, args.rounds, args.plot)
+    rates = measure_rates(device)
+    print(", ".join(f"{name} {rate / 1e9:.0f} G{'B' if name == 'copy' else 'FLOP'}/s" for name, rate in rates.items()))
+    print("\n| case | reference, s | product, s | times as fast (range) | memory, product / reference | operations' "
+          "floor, s | bytes' floor, s | of the floor |\n|---|---|---|---|---|---|---|---|", flush=True)
+    rows = {}
+    for group in CASES if args.group == "all" else [args.group]:
+        for name, make in CASES[group].items():
+            precision = "bfloat16" if name.endswith("bf16") or (device.type == "cuda" and group == "train") \
+                else "float32"
+            found = compare(name, make, device, args.rounds)
+            rows[name] = summarise(found, rates, precision)
+            print_row(name, rows[name])
+    if args.json:
+        keys = ("reference_s", "product_s", "ratio", "ratio_min", "ratio_max", "memory_ratio")
+        Path(args.json).write_text(json.dumps({name: {key: row[key] for key in keys} for name, row in rows.items()},
+                                              indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)
