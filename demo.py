@@ -3,8 +3,12 @@
     python demo.py                                        # images/image_*.jpg -> images/out_*.jpg
     python demo.py --preset sample
     python demo.py --image my_photos --out my_captions    # a file or a folder
+    python demo.py --html images/index.html               # also one page: point at a word, see its attention
 """
+import base64
+import io
 import itertools
+import json
 from pathlib import Path
 
 import mplfonts
@@ -15,13 +19,14 @@ from matplotlib.font_manager import FontProperties
 from skimage.transform import pyramid_expand
 
 from config import UserError, parse_args, run
-from datasets import PICTURE_SUFFIXES, BadPicture, open_picture, read_image
+from datasets import PICTURE_SUFFIXES, BadPicture, open_picture, read_image, write_text
 from eval import encode, generate, positive
 from models import pixel_positions
 from utils import open_checkpoint
 
 FONT = FontProperties(fname=str(Path(mplfonts.__file__).parent / "fonts" / "NotoSansCJKsc-Regular.otf"))
 TILES_A_ROW = 6
+TEMPLATE = Path(__file__).parent / "images" / "template.html"
 
 
 def main():
@@ -30,14 +35,17 @@ def main():
         "image": dict(metavar="FILE_OR_FOLDER", help="what to caption (images/image_*.jpg)"),
         "beam_size": dict(type=positive, default=3, metavar="K", help="1 is greedy (3)"),
         "out": dict(default="images", metavar="FOLDER", help="where the figures go (images)"),
+        "html": dict(metavar="FILE", help="also a page of all pictures that shows the attention at each word"),
     })
     paths = find_pictures(args.image)
     checkpoint, config, device, encoder, decoder = open_checkpoint(args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    if args.html:
+        Path(args.html).parent.mkdir(parents=True, exist_ok=True)
 
     positions = pixel_positions(config.image_size, config.encoded_image_size)
-    bad = 0
+    bad, entries = 0, []
     for path, name in zip(paths, figure_names(paths)):
         try:
             image = read_image(path, config.image_size)
@@ -47,9 +55,16 @@ def main():
             continue
         grid = encode(encoder, torch.from_numpy(image)[None].to(device))
         caption, = generate(decoder, grid, torch.tensor([0]), config, checkpoint["word_map"], args.beam_size)
-        save_figure(draw_attention(open_picture(path), caption["words"], caption["alphas"], positions), out / name)
+        picture = open_picture(path)
+        save_figure(draw_attention(picture, caption["words"], caption["alphas"], positions), out / name)
+        if args.html:
+            entries.append(page_entry(path.name, picture, caption))
         print(f"{path}\t{''.join(caption['words'])}\t{caption['score']:.3f}\t-> {out / name}"
               + ("" if caption["ended"] else "\t(never ended)"))
+    if entries:
+        model = f"{config.encoder} · epoch {checkpoint['epoch']} · beam {args.beam_size}"
+        write_text(args.html, html_page(model, positions, entries))
+        print(f"Wrote {args.html}")
     if bad:
         raise UserError(f"{bad} of {len(paths)} pictures could not be read (named above); the others are done")
 
@@ -117,6 +132,40 @@ def draw_attention(picture, words, alphas, positions):
             axis.set(xlim=(0, picture.width), ylim=(picture.height, 0))
     figure.tight_layout(pad=0.4)
     return figure
+
+
+def page_entry(name, picture, caption):
+    """What the page holds of one picture.
+
+    Args:
+        name (str): of its file. picture (PIL.Image): RGB. caption (dict): of generate.
+    Returns:
+        dict, fit for JSON: name, words, score (str), ended; size (width, height in pixels) and jpeg (base64) of the
+        picture, 640 pixels at the most; alphas (list of base64, one a word): s * s bytes, row by row, in proportion to
+        the attention, the strongest 255.
+    """
+    picture = picture.copy()
+    picture.thumbnail((640, 640))
+    jpeg = io.BytesIO()
+    picture.save(jpeg, "JPEG", quality=80, comment=b"")  # pixels only: what is passed on need not say where and when
+    alphas = [np.rint(255 * alpha / alpha.max()).astype(np.uint8).tobytes() for alpha in caption["alphas"]]
+    return dict(name=name, words=caption["words"], score=f"{caption['score']:.3f}", ended=caption["ended"],
+                size=picture.size, jpeg=base64.b64encode(jpeg.getvalue()).decode(),
+                alphas=[base64.b64encode(alpha).decode() for alpha in alphas])
+
+
+def html_page(model, positions, entries):
+    """A page that needs nothing else: images/template.html with its data.
+
+    Args:
+        model (str): which one it was, to be shown. positions (float array (s,)): of pixel_positions.
+        entries (list): of page_entry.
+    Returns:
+        str
+    """
+    data = json.dumps(dict(model=model, positions=positions.tolist(), pictures=entries))
+    # Without a "<" nothing in a file's name or a caption can end the script element that the data stand in.
+    return TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", data.replace("<", "\\u003c"))
 
 
 def save_figure(figure, path):

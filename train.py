@@ -42,7 +42,8 @@ from demo import draw_attention
 from eval import encode, generate, score, tokenize_references
 from models import build_models, caption_loss, pixel_positions
 from utils import (BEST_CHECKPOINT, CHECKPOINT, CHECKPOINT_VERSION, from_first_process, gather_lists, get_device,
-                   git_revision, init_distributed, load_checkpoint, load_state, save_checkpoint, sum_over_processes)
+                   git_revision, init_distributed, keep_freed_memory, load_checkpoint, load_state, save_checkpoint,
+                   sum_over_processes)
 
 PICTURES_SHOWN = 4  # validation pictures drawn in TensorBoard after every epoch
 
@@ -58,6 +59,7 @@ def main():
     elif path.exists():
         raise UserError(f"{path} exists: go on with --resume, or choose another --model_dir")
 
+    keep_freed_memory()
     device = get_device(config)
     rank, world_size = init_distributed(device)
     word_map = load_word_map(config.data_dir)

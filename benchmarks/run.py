@@ -41,6 +41,7 @@ from config import Config, UserError, run  # noqa: E402
 from datasets import END, PAD, START, UNK  # noqa: E402
 from models import DecoderWithAttention, Encoder, beam_search, caption_loss  # noqa: E402
 from train import make_optimizers, mixed_precision, parameters  # noqa: E402
+from utils import keep_freed_memory  # noqa: E402
 
 CONFIG = Config(encoder_weights="none", dropout=0.0)  # dropout draws other numbers on each side
 PICTURES, K, TOKENS, V = 12, 5, (10, 21), 9000
@@ -257,6 +258,8 @@ CASES = {
 def serve(connection, make, side, device):
     """A side's process: a turn whenever asked. Sends (seconds, bytes of memory or None); at last what was agreed."""
     device = torch.device(device)
+    if side == "product":
+        keep_freed_memory()  # as train.py does
     turn, agreed = make(side, device)
     memory_of_first, result = None, None
     for order in iter(connection.recv, "stop"):

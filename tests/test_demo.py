@@ -1,0 +1,141 @@
+"""The page that demo.py --html writes."""
+import base64
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+import demo
+from config import Config, UserError
+from datasets import END, PAD, START, UNK
+from models import build_models, pixel_positions
+from utils import CHECKPOINT_VERSION, save_checkpoint
+
+HOSTILE = "</script><img src=x onerror=alert(1)><!--{{DATA}}"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model of random weights that writes a hostile word over and over, and never ends."""
+    config = Config(image_size=64, encoder="resnet18", encoder_weights="none", encoded_image_size=4, emb_dim=8,
+                    attention_dim=8, decoder_dim=8, max_len=3, device="cpu")
+    word_map = {PAD: 0, HOSTILE: 1, "小狗": 2, UNK: 3, START: 4, END: 5}
+    torch.manual_seed(0)
+    encoder, decoder = build_models(config, len(word_map), encoder_weights="none")
+    decoder.fc.bias.data[1] = 9
+    decoder.attention.full_att.weight.data *= 50  # for an attention that is not even
+    path = tmp_path_factory.mktemp("hostile") / "hostile.pth.tar"
+    save_checkpoint(dict(version=CHECKPOINT_VERSION, config=dataclasses.asdict(config), word_map=word_map,
+                         encoder=encoder.state_dict(), decoder=decoder.state_dict(), optimizers={}, epoch=7, step=1,
+                         best_score=0.0, epochs_since_improvement=0, run="run"), path)
+    return path
+
+
+@pytest.fixture
+def run_demo(checkpoint, tmp_path, monkeypatch):
+    """Runs demo.py over tmp_path/photos, without its figures. Returns: function of the page's path, which gives the
+    arguments of every call of draw_attention."""
+    def run(page):
+        drawn = []
+        monkeypatch.setattr(demo, "draw_attention", lambda *args: drawn.append(args) or Figure((1, 1)))
+        flags = dict(checkpoint=checkpoint, image=tmp_path / "photos", beam_size=1, out=tmp_path / "out", html=page)
+        monkeypatch.setattr("sys.argv", ["demo.py", *(f"--{name}={value}" for name, value in flags.items())])
+        demo.main()
+        return drawn
+    (tmp_path / "photos").mkdir()
+    return run
+
+
+class Page(HTMLParser):
+    """A page as a browser takes it apart: `tags` (list of name, attributes) and `data`, what its JSON holds."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.data = [], None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] == ("script", {"type": "application/json", "id": "data"}) and self.data is None:
+            self.data = json.loads(data)
+
+
+def test_the_page_holds_what_the_figures_show(run_demo, tmp_path):
+    """Captions and attention are those that draw_attention is given, to the 255th part of the strongest."""
+    for name, size in (("a.png", (90, 30)), ("b.png", (20, 40))):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+                        ).save(tmp_path / "photos" / name)
+    drawn = run_demo(tmp_path / "new" / "page.html")
+    data = Page((tmp_path / "new" / "page.html").read_text(encoding="utf-8")).data
+    assert [picture["name"] for picture in data["pictures"]] == ["a.png", "b.png"]
+    assert [picture["size"] for picture in data["pictures"]] == [[90, 30], [20, 40]]
+    assert "resnet18" in data["model"] and "epoch 7" in data["model"]
+    assert data["positions"] == pixel_positions(64, 4).tolist()
+    for (_, words, alphas, _), picture in zip(drawn, data["pictures"], strict=True):
+        assert picture["words"] == words == [HOSTILE] * 4
+        assert float(picture["score"]) < 0 and picture["ended"] is False
+        shown = np.array([list(base64.b64decode(grid)) for grid in picture["alphas"]]).reshape(-1, 4, 4)
+        peaks = alphas.max(axis=(1, 2), keepdims=True)
+        assert np.ptp(alphas / peaks) > 0.1, "the test needs an attention that is not even"
+        assert np.abs(shown / 255 - alphas / peaks).max() < 0.51 / 255
+
+
+def test_the_page_asks_for_nothing_and_takes_no_text_for_html(run_demo, tmp_path):
+    names = ["<script>alert(1).png", "\"><img src=x>&amp;.png", "<!--.png"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name)
+    run_demo(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page, template = Page(text), Page(demo.TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", "{}"))
+    assert page.tags == template.tags, "text became HTML"
+    assert sorted(picture["name"] for picture in page.data["pictures"]) == sorted(names)
+    assert page.data["pictures"][0]["words"][0] == HOSTILE
+    policy, = (attributes["content"] for tag, attributes in page.tags
+               if attributes.get("http-equiv") == "Content-Security-Policy")
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules.pop("default-src") == "'none'" and set(rules.values()) <= {"data:", "'unsafe-inline'"}
+    for _, attributes in page.tags:
+        assert all(attributes.get(name, "data:").startswith("data:") for name in ("src", "srcset", "href", "action"))
+    assert not re.search(r"\w://|url\(|@import|innerHTML|\bfetch\b|import\(", text)
+
+
+def test_the_page_tells_pixels_only_and_few(tmp_path):
+    """A photograph's notes, such as where it was taken, stay with its owner."""
+    exif = Image.Exif()
+    exif[0x010E] = "SECRET"
+    Image.new("RGB", (1500, 1000), "red").save(tmp_path / "a.jpg", exif=exif, comment=b"SECRET")
+    assert b"SECRET" in (tmp_path / "a.jpg").read_bytes()
+    caption = dict(words=[], alphas=np.zeros((0, 4, 4), np.float32), score=-1.0, ended=True)
+    entry = demo.page_entry("a.jpg", demo.open_picture(tmp_path / "a.jpg"), caption)
+    (tmp_path / "page.jpg").write_bytes(base64.b64decode(entry["jpeg"]))
+    with Image.open(tmp_path / "page.jpg") as picture:
+        assert picture.size == tuple(entry["size"]) == (640, 427)
+        assert np.abs(np.asarray(picture.convert("RGB")).astype(int) - [255, 0, 0]).max() < 5
+    assert b"SECRET" not in (tmp_path / "page.jpg").read_bytes()
+
+
+def test_the_page_is_written_whole_or_not_at_all(run_demo, tmp_path):
+    (tmp_path / "photos" / "bad.jpg").write_bytes(b"not a picture")
+    page = tmp_path / "page.html"
+    page.write_text("the page before")
+    with pytest.raises(UserError, match="1 of 1"):
+        run_demo(page)
+    assert page.read_text() == "the page before", "a page without any picture"
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "good.png")
+    with pytest.raises(UserError, match="1 of 2"):
+        run_demo(page)
+    assert [picture["name"] for picture in Page(page.read_text(encoding="utf-8")).data["pictures"]] == ["good.png"]
+    page.unlink()
+    page.mkdir()
+    with pytest.raises(UserError, match="page.html could not be written"):
+        run_demo(page)
+    assert not list(page.iterdir()) and not list(tmp_path.glob("*.tmp"))
