@@ -57,6 +57,7 @@ class Config:
     precision: str = "auto"  # of training: float32, bfloat16 (autocast), or auto: bfloat16 on a GPU that has it
     device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, ...
     workers: int = 4  # processes that read batches; 0 reads in the training process itself
+    cache_features: bool = False  # run a frozen encoder once and keep its grids in data_dir: 262 KB a picture, fp16
 
     def __post_init__(self):
         at_least = dict(image_size=32, captions_per_image=1, max_len=1, min_word_freq=1, max_bad_images=0,
@@ -82,6 +83,9 @@ class Config:
             raise UserError(f"--precision must be auto, float32 or bfloat16, not {self.precision!r}")
         if self.encoder not in ENCODERS:
             raise UserError(f"--encoder must be one of {', '.join(ENCODERS)}, not {self.encoder!r}")
+        if self.cache_features and self.fine_tune_encoder:
+            raise UserError("--cache_features true keeps what --fine_tune_encoder true changes at every step: give "
+                            "--cache_features false, or --fine_tune_encoder false")
 
 
 # What a checkpoint's weights or pixels depend on: these cannot be changed for a model that exists.

@@ -5,11 +5,14 @@ tokenize. The same picture file is the same array everywhere, and the same sente
 """
 import collections
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import logging
+import math
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -26,6 +29,8 @@ with warnings.catch_warnings():  # jieba warns of its own use of setuptools, whi
     import jieba
 
 FORMAT_VERSION = 1
+FEATURES_VERSION = 1  # to be raised too when Encoder gives other numbers for the same weights
+SYNC_ROWS = 2048  # kept features that a killed run may lose; seldom enough not to make the disk wait
 JIEBA_VERSION = jieba.__version__  # another version may cut words otherwise
 PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
 # Decoders that run other programs (EPS) or that no photograph needs stay closed.
@@ -192,10 +197,14 @@ class CaptionDataset(Dataset):
 
     `dataset[rows]` (list of int, B of them) gives a batch: images uint8 (B, S, S, 3); captions int64 (B, K, L), cut to
     the batch's longest; caption_lengths int64 (B, K), <start> and <end> counted, 0 where a picture has fewer captions;
-    rows int64 (B,).
+    rows int64 (B,). After read_features the images' place is taken by the features, fp16 (B, h, w, D), and after
+    hold_features by the rows.
 
-    Attributes: image_ids (list of str), raw_captions (list of lists of str, one for each picture).
+    Attributes: image_ids (list of str), raw_captions (list of lists of str, one for each picture), images_digest (str
+    or None: sha256 of all pixels, as pre_process.py wrote it).
     """
+
+    begins_with = "images"
 
     def __init__(self, config, split, word_map):
         self.path = Path(config.data_dir) / f"{split}.h5"
@@ -205,6 +214,7 @@ class CaptionDataset(Dataset):
         with open_split(self.path) as file:
             check_attributes(self.path, dict(file.attrs), expected)
             try:
+                self.images_digest = file.attrs.get("images_digest")
                 self.captions = torch.from_numpy(file["captions"][:].astype(np.int64))
                 self.caption_lengths = torch.from_numpy(file["caption_lengths"][:].astype(np.int64))
                 self.image_ids = list(file["image_ids"].asstr()[:])
@@ -220,9 +230,13 @@ class CaptionDataset(Dataset):
         # The data set is contiguous, so a map of the file reads a whole batch without a lock or a handle to inherit.
         return np.memmap(self.path, np.uint8, "r", self.offset, self.shape)
 
+    @functools.cached_property
+    def features(self):
+        return np.memmap(*self.features_map)
+
     def __getstate__(self):
-        # A worker that is spawned opens the file itself; a pickled map would carry all its pixels.
-        return {name: value for name, value in self.__dict__.items() if name != "images"}
+        # A worker that is spawned opens the files itself; a pickled map would carry all its numbers.
+        return {name: value for name, value in self.__dict__.items() if name not in ("images", "features")}
 
     def __len__(self):
         return len(self.image_ids)
@@ -230,7 +244,35 @@ class CaptionDataset(Dataset):
     def __getitem__(self, rows):
         lengths = self.caption_lengths[rows]
         longest = max(int(lengths.max()), 2)
-        return torch.from_numpy(self.images[rows]), self.captions[rows][:, :, :longest], lengths, torch.tensor(rows)
+        numbers = torch.tensor(rows)
+        first = numbers if self.begins_with == "rows" else torch.from_numpy(getattr(self, self.begins_with)[rows])
+        return first, self.captions[rows][:, :, :longest], lengths, numbers
+
+    def read_features(self, path, key, shape):
+        """Let batches begin with kept features. Args: see open_features. Raises: UserError: it cannot be used."""
+        try:
+            with open_features(path, key, shape)[0] as file:
+                self.features_map = path, np.float16, "r", file["features"].id.get_offset(), shape
+        except ValueError as error:
+            raise UserError(f"{path} {error}: the first process has just found it whole, so --data_dir must be on a "
+                            f"disk that all machines of the run share") from None
+        self.begins_with = "features"
+
+    def hold_features(self, device, budget):
+        """Copy the kept features to a device that has room, and let batches begin with rows to look up there.
+
+        Args:
+            device (torch.device). budget (int): bytes that the features may take.
+        Returns:
+            fp16 (N, h, w, D) on the device; None, and nothing is changed, where they are larger than the budget.
+        """
+        if self.features.nbytes > budget:
+            return None
+        held = torch.empty(self.features.shape, dtype=torch.float16, device=device)
+        for start in range(0, len(self), 1024):
+            held[start:start + 1024] = torch.from_numpy(np.array(self.features[start:start + 1024]))
+        self.begins_with = "rows"
+        return held
 
 
 def open_split(path):
@@ -252,12 +294,10 @@ def open_split(path):
     try:
         for name, kind, ndim in (("images", np.uint8, 4), ("captions", np.int32, 3), ("caption_lengths", np.int32, 2),
                                  ("image_ids", object, 1), ("raw_captions", object, 2)):
-            link = file.get(name, getlink=True)
-            data = file[name] if isinstance(link, h5py.HardLink) else None
-            if not (isinstance(data, h5py.Dataset) and data.dtype == kind and data.ndim == ndim
-                    and len(data) == len(file["images"]) and not data.external and not data.is_virtual
+            data = own_data(file, name, kind)
+            if not (data.ndim == ndim and len(data) == len(file["images"])
                     and (kind is not object or h5py.check_string_dtype(data.dtype))):
-                raise ValueError(f"no proper {name!r}")
+                raise ValueError(f"has no proper {name!r}")
         images, captions = file["images"], file["captions"]
         if images.chunks or (images.size and images.id.get_offset() is None):
             raise ValueError("'images' is not contiguous")
@@ -272,6 +312,14 @@ def open_split(path):
         file.close()
         raise damaged(path, error) from None
     return file
+
+
+def own_data(file, name, kind):
+    """A data set that lies in this very file. Returns: h5py.Dataset. Raises: ValueError: none, or of another dtype."""
+    data = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+    if not (isinstance(data, h5py.Dataset) and data.dtype == kind and not data.external and not data.is_virtual):
+        raise ValueError(f"has no proper {name!r}")
+    return data
 
 
 def damaged(path, error):
@@ -342,6 +390,166 @@ def make_loader(dataset, config, shuffle, rank=0, world_size=1):
     sampler = BatchSampler(len(dataset), config.batch_size, shuffle, config.seed, rank, world_size)
     return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=config.workers,
                       pin_memory=torch.cuda.is_available(), persistent_workers=config.workers > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kept features of a frozen encoder
+
+
+def features_key(dataset, encoder, config):
+    """What kept features depend on; a file of which any of it differs is not used.
+
+    The pictures' digest is the one that pre_process.py took of all pixels while it packed them: as good as reading
+    them all again, free, and the same after a run that changed the captions only.
+
+    Args:
+        dataset (CaptionDataset), encoder (Encoder), config (Config)
+    Returns:
+        dict: name -> str or int, the file's attributes.
+    Raises:
+        UserError: the pictures' digest is not known.
+    """
+    if dataset.images_digest is None:
+        raise UserError(f"{dataset.path} says no digest of its pictures, by which --cache_features true knows them "
+                        f"again: run pre_process.py --overwrite, or give --cache_features false")
+    digest = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.cpu().numpy().tobytes())
+    return dict(features_version=FEATURES_VERSION, encoder=config.encoder, encoder_digest=digest.hexdigest(),
+                image_size=config.image_size, images_digest=dataset.images_digest)
+
+
+def open_features(path, key, shape, mode="r"):
+    """Open kept features and check them: fp16, contiguous, in this very file, of this key; all rows, if to be read.
+
+    Args:
+        path (Path). key (dict): of features_key. shape (tuple): (N, h, w, D). mode (str): "r", or "r+" to go on.
+    Returns:
+        h5py.File, which keeps other processes from writing; int: how many rows are worked out.
+    Raises:
+        ValueError: what is wrong, in words that follow the path. BlockingIOError: another process is writing it.
+    """
+    try:
+        file = h5py.File(path, mode)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise ValueError(f"cannot be read ({' '.join(str(error).split())})") from None
+    try:
+        for name, value in key.items():
+            found = file.attrs.get(name)
+            if str(found) != str(value):
+                what = {"encoder_digest": "encoder weights", "images_digest": "pictures"}.get(
+                    name, f"{name} ({found}, not {value})")
+                raise ValueError(f"was made with other {what}")
+        for name, kind, expected in (("features", np.float16, shape), ("done", np.int64, (1,))):
+            data = own_data(file, name, kind)
+            offset = data.id.get_offset()  # None where chunked
+            if data.shape != expected or offset is None or offset + data.nbytes > path.stat().st_size:
+                raise ValueError(f"has no proper {name!r}")
+        done = int(data[0])
+        if not (done == shape[0] if mode == "r" else 0 <= done <= shape[0]):
+            raise ValueError(f"holds {done} of {shape[0]} pictures")
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+        file.close()
+        raise ValueError(str(error) if type(error) is ValueError else f"is damaged ({error})") from None
+    return file, done
+
+
+def start_features(path, key, shape):
+    """Begin the file of kept features under a temporary name, or go on with what a killed run left of it.
+
+    What lies at `path` with another key stays there until the new file is whole.
+
+    Args:
+        path (Path), key (dict), shape (tuple): see open_features.
+    Returns:
+        h5py.File to be given to write_features, or None where `path` is whole and of this key; int: rows done.
+    Raises:
+        UserError: not enough disk, not writable, or another run at work on it.
+    """
+    temporary, file, done = path.with_name(f"{path.name}.tmp"), None, 0
+    try:
+        if path.exists():
+            try:
+                open_features(path, key, shape)[0].close()
+                return None, shape[0]
+            except ValueError as error:
+                print(f"{path} {error}: working out new features")
+        if temporary.exists():
+            try:
+                file, done = open_features(temporary, key, shape, "r+")
+            except ValueError as error:
+                print(f"{temporary} {error}: beginning again")
+                temporary.unlink()
+        size = 2 * math.prod(shape)
+        need_space(path.parent, size * (1 - done / shape[0]), f"for {path}")
+        if file is None:
+            with open(temporary, "xb") as raw:  # where a file so large cannot be, HDF5 would take the process with it
+                raw.truncate(size)
+            # Both data sets get their place at once and are not written, which leaves 0 in it.
+            places = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            places.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            places.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            with h5py.File(temporary, "w") as file:
+                file.attrs.update(key)
+                file.create_dataset("done", (1,), np.int64, dcpl=places)
+                file.create_dataset("features", shape, np.float16, dcpl=places)
+            file, done = open_features(temporary, key, shape, "r+")
+        return file, done
+    except BlockingIOError:
+        raise UserError(f"{temporary}: another run is writing these features; start again when it has") from None
+    except (OSError, RuntimeError) as error:
+        raise not_written(path, error) from None
+
+
+def write_features(file, path, start, grid):
+    """Write rows; those that are safely on the disk are counted as done, and when all are, the file gets its name.
+
+    They go straight into their place in the file: HDF5 itself does not survive a disk that fills up.
+
+    Args:
+        file (h5py.File): of start_features. path (Path): its final name. start (int). grid: fp16 array (B, h, w, D).
+    Raises:
+        UserError: the disk is full, or the like; what is done is kept for the next run.
+    """
+    features, done, temporary = file["features"], file["done"], file.filename
+    stop = start + len(grid)
+    try:
+        with open(temporary, "r+b") as raw:
+            raw.seek(features.id.get_offset() + start * grid[0].nbytes)
+            raw.write(grid.tobytes())
+            if start // SYNC_ROWS < stop // SYNC_ROWS or stop == len(features):
+                raw.flush()
+                os.fsync(raw.fileno())  # before the count, which must not outlive the rows
+                raw.seek(done.id.get_offset())
+                raw.write(np.int64(stop).tobytes())
+                raw.flush()
+                os.fsync(raw.fileno())
+        if stop == len(features):
+            file.close()
+            os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{not_written(path, error)}: what is done is kept, so start again when this is mended"
+                        ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The disk
+
+
+def need_space(folder, size, purpose):
+    """Raise UserError unless the disk of `folder` has `size` bytes free, and a twentieth more."""
+    free = shutil.disk_usage(folder).free
+    if free < 1.05 * size:
+        raise UserError(f"{folder} needs {1.05 * size / 2**30:.2f} GiB {purpose}, but its disk has "
+                        f"{free / 2**30:.2f} GiB free: free some, or point --data_dir at another disk")
+
+
+def not_written(path, error):
+    """The UserError for a file that could not be written; HDF5 tells a full disk in its message only."""
+    full = getattr(error, "errno", None) == errno.ENOSPC or f"errno = {errno.ENOSPC}" in str(error)
+    return UserError(f"{path} could not be written ({'the disk is full' if full else ' '.join(str(error).split())})")
 
 
 def write_text(path, text):

@@ -8,7 +8,6 @@ The full set takes 41 GB for the training pictures at 256 pixels and 6 GB for ea
 is left alone, so a second call returns at once. data/pre_process.json records what was found.
 """
 import collections
-import errno
 import hashlib
 import json
 import os
@@ -27,7 +26,8 @@ from tqdm import tqdm
 
 from config import UserError, get_config, parse_args, run
 from datasets import (FORMAT_VERSION, JIEBA_VERSION, PICTURE_SUFFIXES, BadPicture, build_word_map, check_attributes,
-                      encode_caption, load_word_map, open_split, read_image, tokenize, word_map_digest, write_text)
+                      encode_caption, load_word_map, need_space, not_written, open_split, read_image, tokenize,
+                      word_map_digest, write_text)
 
 # split: archive or folder, its folder of pictures, its annotations
 SPLITS = {
@@ -347,7 +347,7 @@ def write_split(pool, config, split, source, tokens, word_map, attributes):
     size, n, k = config.image_size, len(source["image_ids"]), config.captions_per_image
     need_space(path.parent, n * (size * size * 3 + k * (4 * config.max_len + 200)), f"for {path}")
 
-    bad, good = [], []
+    bad, good, digest = [], [], hashlib.sha256()
     paths = [source["folder"] / image_id for image_id in source["image_ids"]]
     try:
         with h5py.File(temporary, "w") as file:
@@ -363,6 +363,7 @@ def write_split(pool, config, split, source, tokens, word_map, attributes):
                                         f"them: --max_bad_images 1")
                 else:
                     pixels[len(good)] = image
+                    digest.update(image.tobytes())
                     good.append(i)
             if not good:
                 raise UserError(f"no readable picture in {source['folder']}")
@@ -371,15 +372,14 @@ def write_split(pool, config, split, source, tokens, word_map, attributes):
         with h5py.File(temporary, "a") as file:
             counts = write_captions(file, config, [source["image_ids"][i] for i in good],
                                     [source["captions"][i] for i in good], [tokens[i] for i in good], word_map)
-            file.attrs.update(attributes, split=split, word_map_digest=word_map_digest(word_map))
+            file.attrs.update(attributes, split=split, word_map_digest=word_map_digest(word_map),
+                              images_digest=digest.hexdigest())
             file.flush()
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # the latter from h5py, where closing the file fails too
-        full = getattr(error, "errno", None) == errno.ENOSPC or f"errno = {errno.ENOSPC}" in str(error)
-        reason = "the disk is full" if full else " ".join(str(error).split())
-        raise UserError(f"{path} could not be written ({reason})") from None
+        raise not_written(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
     return dict(pictures=len(good), bad_pictures=bad, pictures_without_caption=source["no_caption"], **counts,
@@ -443,14 +443,6 @@ def ordered_map(pool, function, items, window=256):
     except BrokenProcessPool:
         raise UserError("a worker process was killed, probably for want of memory: close other programs and call "
                         "again; what is done is kept") from None
-
-
-def need_space(folder, size, purpose):
-    """Raise UserError unless the disk of `folder` has `size` bytes free, and a twentieth more."""
-    free = shutil.disk_usage(folder).free
-    if free < 1.05 * size:
-        raise UserError(f"{folder} needs {1.05 * size / 2**30:.2f} GiB {purpose}, but its disk has "
-                        f"{free / 2**30:.2f} GiB free: free some, or point --data_dir at another disk")
 
 
 def print_counts(split, counts):

@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 train.py                  # eight GPUs; batch_size counts the pictures of all of them
     python train.py --resume                              # go on after the last whole epoch
     python train.py --resume --fine_tune_encoder true     # then train the encoder too
+    python train.py --cache_features true                 # run the frozen encoder once, not in every epoch
 
 Writes models/checkpoint.pth.tar after every epoch and models/BEST_checkpoint.pth.tar after every best one, and
 logs/RUN/ with TensorBoard's events, log.jsonl (a line an epoch) and config.json (settings, command, versions).
@@ -17,6 +18,7 @@ Departures from the original, and why:
   those of its exact mode. Pictures lie in HDF5.
 - State dicts, not pickled modules: any version of the code can read them, and reading them runs none.
 """
+import itertools
 import json
 import math
 import shlex
@@ -29,13 +31,15 @@ import torch.distributed as dist
 import torchvision
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from config import UserError, get_config, parse_args, run
-from datasets import CaptionDataset, load_word_map, make_loader, write_text
+from datasets import (CaptionDataset, features_key, load_word_map, make_loader, start_features, write_features,
+                      write_text)
 from demo import draw_attention
-from eval import generate, score, tokenize_references
+from eval import encode, generate, score, tokenize_references
 from models import build_models, caption_loss, pixel_positions
 from utils import (BEST_CHECKPOINT, CHECKPOINT, CHECKPOINT_VERSION, from_first_process, gather_lists, get_device,
                    git_revision, init_distributed, keep_freed_memory, load_checkpoint, load_state, save_checkpoint,
@@ -87,6 +91,9 @@ def main():
     # What sees the pictures; `encoder` is what is saved.
     eyes = encoder if config.fine_tune_encoder else encoder.folded()
     trained = parallel(eyes, config.fine_tune_encoder, world_size), parallel(decoder, True, world_size)
+    if config.cache_features:
+        trained = keep_features(train_set, encoder, config, device, rank, world_size), trained[1]
+        eyes = keep_features(valid_set, encoder, config, device, rank, world_size)
 
     folder = Path(config.log_dir) / state["run"]
     writer = start_log(folder, config, state, checkpoint) if rank == 0 else None
@@ -257,6 +264,77 @@ def validate(encoder, decoder, loader, config, word_map):
             generated.append(caption)
     means = epoch_means(sum_over_processes(totals), config, time.perf_counter() - started)
     return means, sorted(gather_lists(generated), key=lambda caption: caption["row"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kept features
+
+
+class KeptFeatures(torch.nn.Module):
+    """Stands in the encoder's place where a data set gives its features instead of pictures.
+
+    Args:
+        held: fp16 (N, h, w, D) on the device, of all pictures; None where the batches bring their own.
+    """
+
+    def __init__(self, held):
+        super().__init__()
+        self.held = held
+
+    def forward(self, given):
+        """Args: fp16 (B, h, w, D), or where all are held rows int64 (B,). Returns: (B, h, w, D), as the encoder's."""
+        kind = given.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        return (given if self.held is None else self.held[given]).to(dtype)
+
+
+def keep_features(dataset, encoder, config, device, rank, world_size):
+    """Let a data set give the frozen encoder's own grids from {split}_features.h5, made first where need be.
+
+    They are worked out in float32, whatever the precision of training. All processes encode; the first one writes, in
+    the order of the rows, so that a run of any number of processes goes on where another was killed. A GPU holds them
+    all where they leave a quarter of its free memory for training.
+
+    Args:
+        dataset (CaptionDataset): its batches change, see there. encoder (Encoder). config (Config).
+        device (torch.device). rank, world_size (int).
+    Returns:
+        KeptFeatures, in the encoder's place.
+    Raises:
+        UserError: see start_features; a value beyond fp16.
+    """
+    path, n = dataset.path.with_name(f"{dataset.path.stem}_features.h5"), len(dataset)
+    cells = math.ceil(config.image_size / 32)
+    key, shape = features_key(dataset, encoder, config), (n, cells, cells, encoder.dim)
+    file, done = start_features(path, key, shape) if rank == 0 else (None, None)
+    # One row at least is left to a run that goes on: writing the last one gives the file its name.
+    done = from_first_process(min(done, n - 1) if file else done)
+    if done < n:
+        encoder = encoder.folded()  # the key is of the weights as they are: another device would fold them otherwise
+        batches = iter(make_loader(Subset(dataset, range(done, n)), config, False, rank, world_size))
+        with tqdm(total=n, initial=done, desc=path.stem, unit="picture", disable=rank > 0) as bar:
+            while done < n:
+                grids = [encode_half(encoder, images.to(device), rows, dataset)
+                         for images, _, _, rows in itertools.islice(batches, 1)]  # in the end some have none left
+                for grid in gather_lists(grids):
+                    if rank == 0:
+                        write_features(file, path, done, grid)
+                    done += len(grid)
+                    bar.update(len(grid))
+        from_first_process(None)  # has the file named by now
+    dataset.read_features(path, key, shape)
+    budget = 0.75 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return KeptFeatures(dataset.hold_features(device, budget))
+
+
+def encode_half(encoder, images, rows, dataset):
+    """A batch's grids as an fp16 array (B, h, w, D); UserError, naming the pictures, where fp16 cannot hold them."""
+    grid = encode(encoder, images).half()
+    if not grid.isfinite().all():
+        names = ", ".join(dataset.image_ids[row] for row in rows.tolist())
+        raise UserError(f"the encoder gives values that fp16 cannot hold (beyond 65504) for one of the pictures "
+                        f"{names}: give --cache_features false")
+    return grid.cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
