@@ -3,6 +3,7 @@
     python demo.py                                        # images/image_*.jpg -> images/out_*.jpg
     python demo.py --preset sample
     python demo.py --image my_photos --out my_captions    # a file or a folder
+    python demo.py --checkpoint BEST_checkpoint_.pth.tar --word_map WORDMAP.json    # a model of the original
 """
 import itertools
 from pathlib import Path
@@ -27,6 +28,7 @@ TILES_A_ROW = 6
 def main():
     args = parse_args(__doc__, {
         "checkpoint": dict(metavar="FILE", help="the model (models/BEST_checkpoint.pth.tar, or the preset's)"),
+        "word_map": dict(metavar="FILE", help="the WORDMAP.json of a checkpoint of the original, which carries none"),
         "image": dict(metavar="FILE_OR_FOLDER", help="what to caption (images/image_*.jpg)"),
         "beam_size": dict(type=positive, default=3, metavar="K", help="1 is greedy (3)"),
         "out": dict(default="images", metavar="FOLDER", help="where the figures go (images)"),
