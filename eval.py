@@ -57,7 +57,8 @@ def main():
     protocol = dict(split=args.split, pictures=len(dataset), pictures_with_references=sum(map(bool, references)),
                     beam_size=args.beam_size, tokens="jieba, exact mode, without 。", captions="generated")
     print(", ".join(f"{name} {value}" for name, value in protocol.items()))
-    scores = score([caption["words"] for caption in captions], references)
+    # A model of the original may write the full stop, which the references lack.
+    scores = score([[word for word in caption["words"] if word != "。"] for caption in captions], references)
     scores["unfinished_captions"] = sum(not caption["ended"] for caption in captions)
     if measures:
         true, hits, named, chance = (sum(column) for column in zip(*measures))

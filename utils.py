@@ -155,7 +155,7 @@ class StandIn(dict):
         self.args = args
 
 
-class OriginalUnpickler(pickle.Unpickler):
+class OriginalUnpickler(pickle._Unpickler):  # in Python: in the one in C ten bytes of a hostile file fill the memory
     """An unpickler that can call nothing but stand-ins; a storage becomes its key.
 
     Attributes: storages (dict), key -> dtype and length of each storage met.
