@@ -4,6 +4,7 @@
     python demo.py --preset sample
     python demo.py --image my_photos --out my_captions    # a file or a folder
     python demo.py --html images/index.html               # also one page: point at a word, see its attention
+    python demo.py --checkpoint BEST_checkpoint_.pth.tar --word_map WORDMAP.json    # a model of the original
 """
 import base64
 import io
@@ -32,6 +33,7 @@ TEMPLATE = Path(__file__).parent / "images" / "template.html"
 def main():
     args = parse_args(__doc__, {
         "checkpoint": dict(metavar="FILE", help="the model (models/BEST_checkpoint.pth.tar, or the preset's)"),
+        "word_map": dict(metavar="FILE", help="the WORDMAP.json of a checkpoint of the original, which carries none"),
         "image": dict(metavar="FILE_OR_FOLDER", help="what to caption (images/image_*.jpg)"),
         "beam_size": dict(type=positive, default=3, metavar="K", help="1 is greedy (3)"),
         "out": dict(default="images", metavar="FOLDER", help="where the figures go (images)"),

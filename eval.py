@@ -2,6 +2,7 @@
 
     python eval.py                                        # models/BEST_checkpoint.pth.tar on valid, beam 3
     python eval.py --split test_a --beam_size 5 --results results.json
+    python eval.py --checkpoint BEST_checkpoint_.pth.tar --word_map WORDMAP.json    # a model of the original
     python eval.py --preset sample --split test_a         # with the two measures that the sample set's boxes allow
 
 Scores are those of generated captions, over jieba words, against the data set's own captions.
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from config import parse_args, run
 from data.sample import attention_peak_hits, is_true
-from datasets import CaptionDataset, decode_caption, make_loader, tokenize, word_list, write_text
+from datasets import CaptionDataset, decode_caption, load_word_map, make_loader, tokenize, word_list, write_text
 from models import beam_search, pixel_positions
 from utils import open_checkpoint
 
@@ -26,13 +27,16 @@ from utils import open_checkpoint
 def main():
     args = parse_args(__doc__, {
         "checkpoint": dict(metavar="FILE", help="the model (models/BEST_checkpoint.pth.tar, or the preset's)"),
+        "word_map": dict(metavar="FILE", help="the WORDMAP.json of a checkpoint of the original, which carries none"),
         "split": dict(default="valid", choices=("train", "valid", "test_a", "test_b"), help="what to caption (valid)"),
         "beam_size": dict(type=positive, default=3, metavar="K", help="1 is greedy (3)"),
         "results": dict(metavar="FILE", help="where the captions go (results_SPLIT_beamK.json beside the checkpoint)"),
         "write_submission": dict(metavar="FILE", help="also write the captions in AI Challenger's format"),
     })
     checkpoint, config, device, encoder, decoder = open_checkpoint(args)
-    dataset = CaptionDataset(config, args.split, checkpoint["word_map"])
+    # A model of the original has another word map than the data; of these only pictures and raw captions count here.
+    data_words = load_word_map(config.data_dir) if args.word_map else checkpoint["word_map"]
+    dataset = CaptionDataset(config, args.split, data_words)
     loader = make_loader(dataset, config, shuffle=False)
     scenes_path = Path(config.data_dir) / "scenes.json"
     scenes = json.loads(scenes_path.read_text(encoding="utf-8")) if scenes_path.exists() else {}
@@ -53,7 +57,8 @@ def main():
     protocol = dict(split=args.split, pictures=len(dataset), pictures_with_references=sum(map(bool, references)),
                     beam_size=args.beam_size, tokens="jieba, exact mode, without 。", captions="generated")
     print(", ".join(f"{name} {value}" for name, value in protocol.items()))
-    scores = score([caption["words"] for caption in captions], references)
+    # A model of the original may write the full stop, which the references lack.
+    scores = score([[word for word in caption["words"] if word != "。"] for caption in captions], references)
     scores["unfinished_captions"] = sum(not caption["ended"] for caption in captions)
     if measures:
         true, hits, named, chance = (sum(column) for column in zip(*measures))

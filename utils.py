@@ -1,14 +1,20 @@
 """Checkpoints, distributed processes, and which code this is."""
 import contextlib
 import ctypes
+import dataclasses
+import json
+import math
 import os
+import pickle
+import re
 import subprocess
+import zipfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from config import UserError, get_config
+from config import Config, UserError, get_config
 from datasets import check_word_map
 from models import build_models
 
@@ -46,11 +52,12 @@ def save_checkpoint(checkpoint, path):
                         f"disk space and go on with --resume") from None
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, word_map_path=None):
     """The one way to read a checkpoint: tensors and plain containers only, whose parts agree with each other.
 
     Args:
         path (str or Path)
+        word_map_path (str or Path): the word map of a checkpoint of the original, which carries none.
     Returns:
         dict: encoder, decoder (state dicts), config (dict), word_map (dict), epoch (int), ...: see train.py.
     Raises:
@@ -61,9 +68,8 @@ def load_checkpoint(path):
         raise UserError(f"{path} does not exist: train a model with train.py, or name one with --checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever a broken file leads it to
-        raise UserError(f"{path} is not a checkpoint of this repo, or is damaged "
-                        f"({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+    except Exception:  # torch.load raises whatever a broken file leads it to
+        return load_original(path, word_map_path)
     parts = dict(version=int, config=dict, word_map=dict, encoder=dict, decoder=dict, optimizers=dict, epoch=int,
                  step=int, best_score=float, epochs_since_improvement=int, run=str)
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), kind)
@@ -78,6 +84,8 @@ def load_checkpoint(path):
     if rows != len(checkpoint["word_map"]):
         raise UserError(f"{path} contradicts itself: {len(checkpoint['word_map'])} words in its word map, {rows} in "
                         f"its decoder")
+    if word_map_path and read_word_map(word_map_path) != checkpoint["word_map"]:
+        raise UserError(f"{path} carries its own word map, and {word_map_path} is another: leave --word_map out")
     return checkpoint
 
 
@@ -111,17 +119,159 @@ def open_checkpoint(args):
     """What eval.py and demo.py begin with: the checkpoint, its settings under the user's flags, and its models.
 
     Args:
-        args (Namespace): of parse_args; `checkpoint` is a path, or None for the preset's best one.
+        args (Namespace): of parse_args; `checkpoint` is a path, or None for the preset's best one; `word_map` is the
+            path of the word map where the checkpoint is one of the original.
     Returns:
         dict, Config, torch.device, Encoder, DecoderWithAttention
     """
     path = args.checkpoint or Path(get_config(args.preset, args.flags).model_dir) / BEST_CHECKPOINT
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, args.word_map)
     config = get_config(flags=args.flags, trained=checkpoint["config"])
     device = get_device(config)
     print(f"{path}: epoch {checkpoint['epoch']}, {config.encoder}, {len(checkpoint['word_map'])} words, trained by "
           f"`{checkpoint.get('command', 'unknown')}`")
     return checkpoint, config, device, *load_models(checkpoint, config, device, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of the original: whole modules, pickled by PyTorch 0.4, of which only the tensors are read
+
+# torch.load(weights_only=True) cannot read them, whatever it is told to allow: before 1.6 PyTorch stored a module's
+# class with its source, which it refuses. These are the names such a pickle may use; none of them is ever looked up.
+ORIGINAL_NAMES = re.compile(
+    r"models\.\w+|(torchvision\.models|torch\.nn|torch\.optim)\.[\w.]+|torch\._utils\._rebuild_(tensor|parameter)\w*|"
+    r"torch\.(cuda\.)?(Float|Double|Half|Long)Storage|torch\.device|collections\.(OrderedDict|defaultdict)|"
+    r"(__builtin__|builtins)\.(dict|set)")
+STORAGE_DTYPES = dict(FloatStorage=torch.float32, DoubleStorage=torch.float64, HalfStorage=torch.float16,
+                      LongStorage=torch.int64)
+RESNETS = {(2, 512): "resnet18", (6, 512): "resnet34", (6, 2048): "resnet50", (23, 2048): "resnet101",
+           (36, 2048): "resnet152"}  # blocks of layer3, D
+
+
+class StandIn(dict):
+    """What every class and function in such a pickle becomes: it keeps what it is given, and does nothing."""
+
+    __hash__ = object.__hash__  # an optimizer's state has parameters as keys
+
+    def __init__(self, *args):
+        self.args = args
+
+
+class OriginalUnpickler(pickle._Unpickler):  # in Python: in the one in C ten bytes of a hostile file fill the memory
+    """An unpickler that can call nothing but stand-ins; a storage becomes its key.
+
+    Attributes: storages (dict), key -> dtype and length of each storage met.
+    """
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.storages = {}
+
+    def find_class(self, module, name):
+        if not ORIGINAL_NAMES.fullmatch(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"it asks for {f'{module}.{name}'!r}, which no such checkpoint needs")
+        return type(name, (StandIn,), {})  # a new one each time, since a pickle can set its attributes
+
+    def persistent_load(self, pid):
+        if pid[0] == "module":
+            return pid[1]  # the class; its source file and its source follow
+        _, kind, key, _, length, *view = pid
+        if any(view):
+            raise pickle.UnpicklingError(f"storage {key!r} is part of another one")
+        self.storages[key] = STORAGE_DTYPES[kind.__name__], length
+        return key
+
+
+def load_original(path, word_map_path):
+    """A checkpoint of the original, or of the tutorial it derives from, as if this repo had saved it, without what
+    resuming needs. The parameters have the same names; the settings follow from their shapes.
+
+    Args:
+        path (Path). word_map_path (str or Path): the WORDMAP.json of its training; None where the user named none.
+    Returns:
+        dict: as load_checkpoint gives it.
+    Raises:
+        UserError: no such checkpoint, or damaged; no word map, or one of another size.
+    """
+    try:
+        parts, storages = unpickle_original(path)
+        encoder, decoder = ({name.removeprefix("module."): tensor  # the prefix is DataParallel's
+                             for name, tensor in module_state(parts[half], storages).items()}
+                            for half in ("encoder", "decoder"))
+        attention_dim, encoder_dim = decoder["attention.encoder_att.weight"].shape
+        blocks = len({name.split(".")[2] for name in encoder if name.startswith("resnet.6.")})
+        config = Config(encoder=RESNETS[blocks, encoder_dim], attention_dim=attention_dim,
+                        decoder_dim=decoder["decode_step.weight_hh"].shape[1],
+                        emb_dim=decoder["decode_step.weight_ih"].shape[1] - encoder_dim)
+        rows, epoch = len(decoder["embedding.weight"]), int(parts["epoch"])
+    except Exception as error:  # a broken pickle raises whatever it stumbles over
+        raise UserError(f"{path} is not a checkpoint of this repo or of the original, or is damaged "
+                        f"({type(error).__name__}: {' '.join(str(error).split())[:300]})") from None
+    if not word_map_path:
+        raise UserError(f"{path} is a checkpoint of the original, which carries no word map: eval.py and demo.py read "
+                        f"it with --word_map FILE, the WORDMAP.json that it was trained with")
+    word_map = read_word_map(word_map_path)
+    if len(word_map) != rows:
+        raise UserError(f"{word_map_path} has {len(word_map)} words, but {path} was trained with {rows}: it needs the "
+                        f"very WORDMAP.json of its training")
+    return dict(version=CHECKPOINT_VERSION, config=dataclasses.asdict(config), word_map=word_map, encoder=encoder,
+                decoder=decoder, epoch=epoch, command="train.py of the original")
+
+
+def read_word_map(path):
+    """Read the file that --word_map names. Returns: dict word -> id. Raises: UserError where it is not a word map."""
+    try:
+        return check_word_map(json.loads(Path(path).read_text(encoding="utf-8")), path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"--word_map {path} cannot be read ({error})") from None
+
+
+def unpickle_original(path):
+    """Read a file of torch.save, in the format of today (zip) or of before PyTorch 1.6.
+
+    Args:
+        path (Path)
+    Returns:
+        dict of stand-ins, as it was saved; dict of its storages, key -> dtype and bytes.
+    Raises:
+        Exception: of any kind, where the file is broken.
+    """
+    with open(path, "rb") as file:
+        if zipfile.is_zipfile(file):
+            archive = zipfile.ZipFile(file)
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("compressed")  # never by torch.save; unpacked it could fill the memory
+            folder, = (name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl"))
+            unpickler = OriginalUnpickler(archive.open(f"{folder}data.pkl"))
+            parts = unpickler.load()
+            content = {key: archive.read(f"{folder}data/{key}") for key in unpickler.storages}
+        else:
+            file.seek(0)
+            unpickler = OriginalUnpickler(file)
+            _, _, _, parts, keys = (unpickler.load() for _ in range(5))  # first a magic number, version, byte order
+            content = {}
+            for key in keys:
+                dtype, length = unpickler.storages[key]
+                if int.from_bytes(file.read(8), "little") != length:
+                    raise ValueError(f"storage {key!r} is not of {length} numbers")
+                content[key] = file.read(length * dtype.itemsize)
+    return parts, {key: (dtype, content[key]) for key, (dtype, _) in unpickler.storages.items()}
+
+
+def module_state(module, storages):
+    """The state dict of a module. Args: module (StandIn). storages: of unpickle_original. Returns: name -> tensor."""
+    parts, state = vars(module), {}
+    for name, value in [*parts["_parameters"].items(), *parts["_buffers"].items()]:
+        if value is not None:
+            tensor = value.args[0] if isinstance(value.args[0], StandIn) else value  # what a parameter holds
+            key, offset, size, stride = tensor.args[:4]
+            dtype, content = storages[key]
+            if math.prod(size) * dtype.itemsize > len(content):
+                raise ValueError(f"{name!r} is larger than its storage")
+            state[name] = torch.frombuffer(bytearray(content), dtype=dtype).as_strided(size, stride, offset)
+    for child, part in parts["_modules"].items():
+        state.update({f"{child}.{name}": tensor for name, tensor in module_state(part, storages).items()})
+    return state
 
 
 # ---------------------------------------------------------------------------------------------------------------------

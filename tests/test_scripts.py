@@ -198,7 +198,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path, change, me
     path = tmp_path / "bad.pth.tar"
     torch.save(checkpoint, path)
     with pytest.raises(UserError, match=message):
-        open_checkpoint(parse_args("", {"checkpoint": {}}, ["--checkpoint", str(path)]))
+        open_checkpoint(parse_args("", {"checkpoint": {}, "word_map": {}}, ["--checkpoint", str(path)]))
 
 
 @pytest.mark.parametrize("content", ["empty", "garbage", "truncated", "pickle", "list"])
