@@ -10,6 +10,7 @@ is left alone, so a second call returns at once. data/pre_process.json records w
 import collections
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -349,11 +350,12 @@ def write_split(pool, config, split, source, tokens, word_map, attributes):
 
     bad, good = [], []
     paths = [source["folder"] / image_id for image_id in source["image_ids"]]
+    chunks = [paths[i:i + 8] for i in range(0, n, 8)]
     try:
         with h5py.File(temporary, "w") as file:
             pixels = file.create_dataset("images", (n, size, size, 3), np.uint8, fillvalue=None)
-            for i, image in enumerate(tqdm(ordered_map(pool, partial(read_or_reason, image_size=size), paths), total=n,
-                                           desc=f"{split}: pictures", unit="picture")):
+            images = itertools.chain.from_iterable(ordered_map(pool, partial(read_chunk, image_size=size), chunks))
+            for i, image in enumerate(tqdm(images, f"{split}: pictures", n, unit="picture")):
                 if isinstance(image, str):
                     bad.append({"image_id": source["image_ids"][i], "reason": image})
                     tqdm.write(f"unreadable picture: {image}", file=sys.stderr)
@@ -422,17 +424,20 @@ def close_gap(path, n):
         copy.unlink(missing_ok=True)
 
 
-def read_or_reason(path, image_size):
-    """read_image, or why it cannot be read. Returns: uint8 array (image_size, image_size, 3) or str."""
-    try:
-        return read_image(path, image_size)
-    except BadPicture as error:
-        return str(error)
+def read_chunk(paths, image_size):
+    """read_image of each. Returns: list of uint8 arrays (image_size, image_size, 3), or of str: why it is unreadable."""
+    images = []
+    for path in paths:
+        try:
+            images.append(read_image(path, image_size))
+        except BadPicture as error:
+            images.append(str(error))
+    return images
 
 
-def ordered_map(pool, function, items, window=256):
-    """pool.map that never holds more than `window` results: pictures come faster than a slow disk takes them."""
-    pending = collections.deque()
+def ordered_map(pool, function, items):
+    """pool.map that is only a few items ahead of its reader: pictures come faster than a slow disk takes them."""
+    pending, window = collections.deque(), 4 * os.cpu_count()
     try:
         for item in items:
             pending.append(pool.submit(function, item))
