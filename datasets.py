@@ -4,12 +4,10 @@ Each of the first two has one function, which preprocessing, training, evaluatio
 tokenize. The same picture file is the same array everywhere, and the same sentence the same words.
 """
 import collections
-import contextlib
 import functools
 import hashlib
 import json
 import logging
-import os
 import warnings
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from config import UserError
+from config import UserError, replacing
 
 with warnings.catch_warnings():  # jieba warns of its own use of setuptools, which is no business of its user
     warnings.simplefilter("ignore")
@@ -366,16 +364,6 @@ def make_loader(dataset, config, shuffle, rank=0, world_size=1):
 
 
 def write_text(path, text):
-    """Write a small file whole or not at all: temporary name, flush, rename. Raises: UserError where it cannot."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    """Write a small file whole or not at all. Raises: UserError where it cannot be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
