@@ -8,8 +8,8 @@ The full set takes 41 GB for the training pictures at 256 pixels and 6 GB for ea
 is left alone, so a second call returns at once. data/pre_process.json records what was found.
 """
 import collections
-import errno
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -26,7 +26,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, get_config, parse_args, run
+from config import UserError, get_config, parse_args, replacing, run
 from datasets import (FORMAT_VERSION, JIEBA_VERSION, PICTURE_SUFFIXES, BadPicture, build_word_map, check_attributes,
                       encode_caption, load_word_map, open_split, read_image, tokenize, word_map_digest, write_text)
 
@@ -41,6 +41,7 @@ SPLITS = {
     "test_b": ("ai_challenger_caption_test_b_20180103", "caption_test_b_images_20180103",
                "caption_test_b_annotations_20180103.json"),
 }
+PIXELS_BEGIN = 4096  # bytes from the start of {split}.h5: behind what an empty HDF5 file takes
 
 
 def main():
@@ -342,19 +343,23 @@ def write_split(pool, config, split, source, tokens, word_map, attributes):
         UserError: more than max_bad_images unreadable, or not enough disk.
     """
     path = Path(config.data_dir) / f"{split}.h5"
-    temporary = path.with_name(f"{path.name}.tmp")
-    for stale in path.parent.glob(f"{temporary.name}*"):  # of a run that was killed; perhaps most of the disk
-        stale.unlink()
-    size, n, k = config.image_size, len(source["image_ids"]), config.captions_per_image
-    need_space(path.parent, n * (size * size * 3 + k * (4 * config.max_len + 200)), f"for {path}")
+    side, n, k = config.image_size, len(source["image_ids"]), config.captions_per_image
+    text = sum(len(text.encode()) for texts in [source["image_ids"], *source["captions"]] for text in texts)
+    room = n * (k * (4 * config.max_len + 100) + 100) + 2 * text + 2**16  # all but the pixels; HDF5 wastes some
+    size = n * side * side * 3 + room
 
     bad, good = [], []
     paths = [source["folder"] / image_id for image_id in source["image_ids"]]
     chunks = [paths[i:i + 8] for i in range(0, n, 8)]
-    try:
-        with h5py.File(temporary, "w") as file:
-            pixels = file.create_dataset("images", (n, size, size, 3), np.uint8, fillvalue=None)
-            images = itertools.chain.from_iterable(ordered_map(pool, partial(read_chunk, image_size=size), chunks))
+    with replacing(path, size) as temporary:
+        need_space(path.parent, size, f"for {path}")
+        # HDF5 crashes where it cannot write what it holds back. So it begins in memory, the pixels are written without
+        # it, and after them zeros, which give it all the disk that it will need.
+        empty = io.BytesIO()
+        h5py.File(empty, "w").close()
+        with open(temporary, "wb") as file:
+            file.write(empty.getvalue().ljust(PIXELS_BEGIN, b"\0"))
+            images = itertools.chain.from_iterable(ordered_map(pool, partial(read_chunk, image_size=side), chunks))
             for i, image in enumerate(tqdm(images, f"{split}: pictures", n, unit="picture")):
                 if isinstance(image, str):
                     bad.append({"image_id": source["image_ids"][i], "reason": image})
@@ -364,26 +369,20 @@ def write_split(pool, config, split, source, tokens, word_map, attributes):
                                         f"unreadable, the last one {image}; mend or remove them, or go on without "
                                         f"them: --max_bad_images 1")
                 else:
-                    pixels[len(good)] = image
+                    file.write(image)
                     good.append(i)
             if not good:
                 raise UserError(f"no readable picture in {source['folder']}")
-        if bad:
-            close_gap(temporary, len(good))
-        with h5py.File(temporary, "a") as file:
+            file.write(bytes(room))
+        where = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        where.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        where.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        with h5py.File(temporary, "r+", alignment_threshold=side * side * 3, alignment_interval=PIXELS_BEGIN) as file:
+            images = file.create_dataset("images", (len(good), side, side, 3), np.uint8, dcpl=where)
+            assert images.id.get_offset() == PIXELS_BEGIN
             counts = write_captions(file, config, [source["image_ids"][i] for i in good],
                                     [source["captions"][i] for i in good], [tokens[i] for i in good], word_map)
             file.attrs.update(attributes, split=split, word_map_digest=word_map_digest(word_map))
-            file.flush()
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # the latter from h5py, where closing the file fails too
-        full = getattr(error, "errno", None) == errno.ENOSPC or f"errno = {errno.ENOSPC}" in str(error)
-        reason = "the disk is full" if full else " ".join(str(error).split())
-        raise UserError(f"{path} could not be written ({reason})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return dict(pictures=len(good), bad_pictures=bad, pictures_without_caption=source["no_caption"], **counts,
                 empty_captions=source["empty"], extra_captions=source["extra"])
 
@@ -410,22 +409,8 @@ def write_captions(file, config, image_ids, captions, tokens, word_map):
                 pictures_with_fewer_captions=sum(len(picture) < k for picture in captions))
 
 
-def close_gap(path, n):
-    """Cut the unused rows off the end of `images`: HDF5 cannot shrink a contiguous data set, so it is copied."""
-    copy = path.with_name(f"{path.name}2")
-    need_space(path.parent, path.stat().st_size, f"to leave out the unreadable pictures of {path}")
-    try:
-        with h5py.File(path) as source, h5py.File(copy, "w") as target:
-            images = target.create_dataset("images", (n, *source["images"].shape[1:]), np.uint8)
-            for start in range(0, n, 1024):
-                images[start:start + 1024] = source["images"][start:min(start + 1024, n)]
-        os.replace(copy, path)
-    finally:
-        copy.unlink(missing_ok=True)
-
-
 def read_chunk(paths, image_size):
-    """read_image of each. Returns: list of uint8 arrays (image_size, image_size, 3), or of str: why it is unreadable."""
+    """read_image of each. Returns: list of uint8 (image_size, image_size, 3), or of str: why it is unreadable."""
     images = []
     for path in paths:
         try:

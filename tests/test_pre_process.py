@@ -293,22 +293,20 @@ def test_a_run_after_one_that_was_killed(data_dir, preprocess):
 
 
 def test_what_a_killed_run_left_does_not_count_against_the_disk(data_dir, preprocess, monkeypatch):
-    stale = [data_dir / f"train.h5.tmp{end}" for end in ("", "2")]
-    for path in stale:
-        path.write_bytes(b"most of a disk")
+    stale = data_dir / "train.h5.tmp"
+    stale.write_bytes(b"most of a disk")
     usage = shutil.disk_usage(data_dir)
-    monkeypatch.setattr(shutil, "disk_usage",
-                        lambda path: usage._replace(free=0) if any(map(type(path).exists, stale)) else usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0) if stale.exists() else usage)
     assert preprocess(data_dir).code == 0
     assert no_leftovers(data_dir)
 
 
-def killed(path, image_size):
+def killed(paths, image_size):
     os._exit(9)
 
 
 def test_a_worker_that_is_killed_is_told(data_dir, preprocess, monkeypatch):
-    monkeypatch.setattr(pre_process, "read_or_reason", killed)
+    monkeypatch.setattr(pre_process, "read_chunk", killed)
     result = preprocess(data_dir)
     assert result.code == 2 and "killed" in error_line(result.err)
     assert not list(data_dir.glob("*.h5")) and no_leftovers(data_dir)
