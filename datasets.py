@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from config import UserError, replacing
@@ -28,6 +28,7 @@ JIEBA_VERSION = jieba.__version__  # another version may cut words otherwise
 PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
 # Decoders that run other programs (EPS) or that no photograph needs stay closed.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+ORIENTATION = ExifTags.Base.Orientation
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 jieba.setLogLevel(logging.WARNING)
@@ -60,8 +61,11 @@ def open_picture(path, image_size=None):
             warnings.simplefilter("ignore")
             with Image.open(path, formats=PICTURE_FORMATS) as file:
                 if image_size and (drafted := file.draft(None, draft_size(file.size, image_size))):
+                    exif = Image.Exif()  # of the orientation alone: a broken one is got over by the file, not by a copy
+                    exif[ORIENTATION] = file.getexif().get(ORIENTATION, 1)
                     # The box is exact where a side does not divide by the reduction.
                     file = file.resize((image_size, image_size), Image.Resampling.BILINEAR, drafted[1])
+                    file.info["exif"] = exif.tobytes()
                 picture = ImageOps.exif_transpose(file)
                 picture.load()
             if picture.mode.startswith("I"):  # Pillow clips 16 bits to 8 where it should scale
@@ -277,9 +281,11 @@ def open_split(path):
                     and len(data) == len(file["images"]) and not data.external and not data.is_virtual
                     and (kind is not object or h5py.check_string_dtype(data.dtype))):
                 raise ValueError(f"no proper {name!r}")
+            # A few bytes can claim any shape; what lies plainly in the file cannot be larger than it.
+            taken = data.id.get_storage_size()
+            if data.chunks or taken < data.size or (taken and data.id.get_offset() + taken > path.stat().st_size):
+                raise ValueError(f"{name!r} is not contiguous, or longer than the file")
         images, captions = file["images"], file["captions"]
-        if images.chunks or (images.size and images.id.get_offset() is None):
-            raise ValueError("'images' is not contiguous")
         side, longest = int(file.attrs["image_size"]), int(file.attrs["max_len"])
         if images.shape[1:] != (side, side, 3) or captions.shape[2] != longest + 2 or \
                 not captions.shape[:2] == file["caption_lengths"].shape == file["raw_captions"].shape:

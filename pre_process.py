@@ -41,6 +41,7 @@ SPLITS = {
     "test_b": ("ai_challenger_caption_test_b_20180103", "caption_test_b_images_20180103",
                "caption_test_b_annotations_20180103.json"),
 }
+MEMBERS = 1_000_000  # an archive may have; the largest that was published has 210,002
 PIXELS_BEGIN = 4096  # bytes from the start of {split}.h5: behind what an empty HDF5 file takes
 
 
@@ -128,8 +129,8 @@ def find_sources(config):
 def extract_archive(archive, folder):
     """Extract a zip into `folder`, whole or not at all, and nothing anywhere else.
 
-    A top folder of the archive's own name is dropped. Absolute names, `..`, links, encrypted or repeated members, and
-    contents out of proportion to the archive are refused.
+    A top folder of the archive's own name is dropped. Absolute names, `..`, links, encrypted or repeated members, more
+    than MEMBERS of them, and contents out of proportion to the archive are refused.
 
     Args:
         archive (Path), folder (Path)
@@ -141,12 +142,14 @@ def extract_archive(archive, folder):
     try:
         with zipfile.ZipFile(archive) as file:
             members = {}
+            if len(file.infolist()) > MEMBERS:
+                raise UserError(f"{archive} has {len(file.infolist())} members, more than {MEMBERS}; refused")
             for member in file.infolist():
                 parts = PurePosixPath(member.filename.replace("\\", "/")).parts
                 if not parts:  # "./"
                     continue
                 if stat.S_ISLNK(member.external_attr >> 16) or ".." in parts or parts[0].startswith("/") \
-                        or ":" in parts[0] or "\0" in member.filename:
+                        or ":" in member.filename or "\0" in member.filename:
                     raise UserError(f"{archive}: member {member.filename!r} points outside its folder; refused. "
                                     f"Get the archive from its publisher")
                 parts = parts[1:] if parts[0] == folder.name else parts
