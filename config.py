@@ -3,12 +3,15 @@
     python train.py --preset sample --batch_size 16 --fine_tune_encoder true
 """
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -177,6 +180,39 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def replacing(path, size=0):
+    """The one way to write a file whole or not at all: a temporary name that becomes `path` once all is on the disk.
+
+    Args:
+        path (str or Path). size (int): bytes that the file will take, for messages.
+    Yields:
+        Path: where to write, in the same folder.
+    Raises:
+        UserError: the disk is full or not writable; what was at `path` is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)  # of a run that was killed; perhaps most of the disk
+        yield temporary
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # elsewhere a folder cannot be opened, nor needs to be
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # the latter is what h5py makes of a disk that is full
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        needs = f"; it takes {size / 2**20:,.1f} MiB" if size else ""
+        raise UserError(f"{path} could not be written ({reason}){needs}. What was there before is untouched: mend "
+                        f"that, or name another folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _boolean(text):

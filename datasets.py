@@ -4,7 +4,6 @@ Each of the first two has one function, which preprocessing, training, evaluatio
 tokenize. The same picture file is the same array everywhere, and the same sentence the same words.
 """
 import collections
-import contextlib
 import errno
 import functools
 import hashlib
@@ -19,10 +18,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from config import UserError
+from config import UserError, replacing
 
 with warnings.catch_warnings():  # jieba warns of its own use of setuptools, which is no business of its user
     warnings.simplefilter("ignore")
@@ -35,6 +34,7 @@ JIEBA_VERSION = jieba.__version__  # another version may cut words otherwise
 PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
 # Decoders that run other programs (EPS) or that no photograph needs stay closed.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+ORIENTATION = ExifTags.Base.Orientation
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 jieba.setLogLevel(logging.WARNING)
@@ -48,11 +48,13 @@ class BadPicture(Exception):
     """A file that is not a readable picture; the message names it and says why."""
 
 
-def open_picture(path):
+def open_picture(path, image_size=None):
     """Open any picture upright and in RGB: gray, palette, CMYK, 16-bit, transparent (on white), EXIF-rotated.
 
     Args:
         path (str or Path)
+        image_size (int): make a JPEG a square of this side while it is decoded, which is twice as fast where it is
+            large; nothing to other formats.
     Returns:
         PIL.Image: mode RGB, the file's own size (the first frame of an animation).
     Raises:
@@ -64,6 +66,12 @@ def open_picture(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=PICTURE_FORMATS) as file:
+                if image_size and (drafted := file.draft(None, draft_size(file.size, image_size))):
+                    exif = Image.Exif()  # of the orientation alone: a broken one is got over by the file, not by a copy
+                    exif[ORIENTATION] = file.getexif().get(ORIENTATION, 1)
+                    # The box is exact where a side does not divide by the reduction.
+                    file = file.resize((image_size, image_size), Image.Resampling.BILINEAR, drafted[1])
+                    file.info["exif"] = exif.tobytes()
                 picture = ImageOps.exif_transpose(file)
                 picture.load()
             if picture.mode.startswith("I"):  # Pillow clips 16 bits to 8 where it should scale
@@ -77,6 +85,22 @@ def open_picture(path):
         raise BadPicture(f"{path}: {reason or type(error).__name__}") from error
 
 
+def draft_size(size, image_size):
+    """The size to decode a JPEG at: half of its own, a quarter or an eighth cost less to decode and to resize.
+
+    Against decoding it whole, grey levels differ by less than 1 on the average, as measured on photographs: by 0.7
+    where a half is 1.3 times as large as what is wanted, by 0.6 where a quarter or an eighth is twice as large.
+
+    Args:
+        size (tuple): width and height, pixels. image_size (int): side of the square that is wanted, pixels.
+    Returns:
+        tuple: width and height, for Pillow's draft, which takes the next larger of those three.
+    """
+    reach = min(size) / image_size
+    reduction = max(int(reach / 2), 2 if reach >= 2.6 else 1)
+    return size[0] // reduction, size[1] // reduction
+
+
 def read_image(path, image_size):
     """The one way from a picture file to pixels, for training, evaluation and demo alike.
 
@@ -88,7 +112,7 @@ def read_image(path, image_size):
     Raises:
         BadPicture: see open_picture.
     """
-    return np.array(open_picture(path).resize((image_size, image_size), Image.Resampling.BILINEAR))
+    return np.array(open_picture(path, image_size).resize((image_size, image_size), Image.Resampling.BILINEAR))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,9 +322,11 @@ def open_split(path):
             if not (data.ndim == ndim and len(data) == len(file["images"])
                     and (kind is not object or h5py.check_string_dtype(data.dtype))):
                 raise ValueError(f"has no proper {name!r}")
+            # A few bytes can claim any shape; what lies plainly in the file cannot be larger than it.
+            taken = data.id.get_storage_size()
+            if data.chunks or taken < data.size or (taken and data.id.get_offset() + taken > path.stat().st_size):
+                raise ValueError(f"{name!r} is not contiguous, or longer than the file")
         images, captions = file["images"], file["captions"]
-        if images.chunks or (images.size and images.id.get_offset() is None):
-            raise ValueError("'images' is not contiguous")
         side, longest = int(file.attrs["image_size"]), int(file.attrs["max_len"])
         if images.shape[1:] != (side, side, 3) or captions.shape[2] != longest + 2 or \
                 not captions.shape[:2] == file["caption_lengths"].shape == file["raw_captions"].shape:
@@ -553,16 +579,6 @@ def not_written(path, error):
 
 
 def write_text(path, text):
-    """Write a small file whole or not at all: temporary name, flush, rename. Raises: UserError where it cannot."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    """Write a small file whole or not at all. Raises: UserError where it cannot be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from skimage.transform import pyramid_expand
 
-from config import UserError, parse_args, run
+from config import UserError, parse_args, replacing, run
 from datasets import PICTURE_SUFFIXES, BadPicture, open_picture, read_image, write_text
 from eval import encode, generate, positive
 from models import pixel_positions
@@ -172,13 +172,8 @@ def html_page(model, positions, entries):
 
 def save_figure(figure, path):
     """Write a figure as JPEG, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="jpg", pil_kwargs={"quality": 88})
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error})") from None
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ is left alone, so a second call returns at once. data/pre_process.json records w
 """
 import collections
 import hashlib
+import io
+import itertools
 import json
 import os
 import shutil
@@ -24,9 +26,9 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, get_config, parse_args, run
+from config import UserError, get_config, parse_args, replacing, run
 from datasets import (FORMAT_VERSION, JIEBA_VERSION, PICTURE_SUFFIXES, BadPicture, build_word_map, check_attributes,
-                      encode_caption, load_word_map, need_space, not_written, open_split, read_image, tokenize,
+                      encode_caption, load_word_map, need_space, open_split, read_image, tokenize,
                       word_map_digest, write_text)
 
 # split: archive or folder, its folder of pictures, its annotations
@@ -40,6 +42,8 @@ SPLITS = {
     "test_b": ("ai_challenger_caption_test_b_20180103", "caption_test_b_images_20180103",
                "caption_test_b_annotations_20180103.json"),
 }
+MEMBERS = 1_000_000  # an archive may have; the largest that was published has 210,002
+PIXELS_BEGIN = 4096  # bytes from the start of {split}.h5: behind what an empty HDF5 file takes
 
 
 def main():
@@ -126,8 +130,8 @@ def find_sources(config):
 def extract_archive(archive, folder):
     """Extract a zip into `folder`, whole or not at all, and nothing anywhere else.
 
-    A top folder of the archive's own name is dropped. Absolute names, `..`, links, encrypted or repeated members, and
-    contents out of proportion to the archive are refused.
+    A top folder of the archive's own name is dropped. Absolute names, `..`, links, encrypted or repeated members, more
+    than MEMBERS of them, and contents out of proportion to the archive are refused.
 
     Args:
         archive (Path), folder (Path)
@@ -139,12 +143,14 @@ def extract_archive(archive, folder):
     try:
         with zipfile.ZipFile(archive) as file:
             members = {}
+            if len(file.infolist()) > MEMBERS:
+                raise UserError(f"{archive} has {len(file.infolist())} members, more than {MEMBERS}; refused")
             for member in file.infolist():
                 parts = PurePosixPath(member.filename.replace("\\", "/")).parts
                 if not parts:  # "./"
                     continue
                 if stat.S_ISLNK(member.external_attr >> 16) or ".." in parts or parts[0].startswith("/") \
-                        or ":" in parts[0] or "\0" in member.filename:
+                        or ":" in member.filename or "\0" in member.filename:
                     raise UserError(f"{archive}: member {member.filename!r} points outside its folder; refused. "
                                     f"Get the archive from its publisher")
                 parts = parts[1:] if parts[0] == folder.name else parts
@@ -341,19 +347,24 @@ def write_split(pool, config, split, source, tokens, word_map, attributes):
         UserError: more than max_bad_images unreadable, or not enough disk.
     """
     path = Path(config.data_dir) / f"{split}.h5"
-    temporary = path.with_name(f"{path.name}.tmp")
-    for stale in path.parent.glob(f"{temporary.name}*"):  # of a run that was killed; perhaps most of the disk
-        stale.unlink()
-    size, n, k = config.image_size, len(source["image_ids"]), config.captions_per_image
-    need_space(path.parent, n * (size * size * 3 + k * (4 * config.max_len + 200)), f"for {path}")
+    side, n, k = config.image_size, len(source["image_ids"]), config.captions_per_image
+    text = sum(len(text.encode()) for texts in [source["image_ids"], *source["captions"]] for text in texts)
+    room = n * (k * (4 * config.max_len + 100) + 100) + 2 * text + 2**16  # all but the pixels; HDF5 wastes some
+    size = n * side * side * 3 + room
 
     bad, good, digest = [], [], hashlib.sha256()
     paths = [source["folder"] / image_id for image_id in source["image_ids"]]
-    try:
-        with h5py.File(temporary, "w") as file:
-            pixels = file.create_dataset("images", (n, size, size, 3), np.uint8, fillvalue=None)
-            for i, image in enumerate(tqdm(ordered_map(pool, partial(read_or_reason, image_size=size), paths), total=n,
-                                           desc=f"{split}: pictures", unit="picture")):
+    chunks = [paths[i:i + 8] for i in range(0, n, 8)]
+    with replacing(path, size) as temporary:
+        need_space(path.parent, size, f"for {path}")
+        # HDF5 crashes where it cannot write what it holds back. So it begins in memory, the pixels are written without
+        # it, and after them zeros, which give it all the disk that it will need.
+        empty = io.BytesIO()
+        h5py.File(empty, "w").close()
+        with open(temporary, "wb") as file:
+            file.write(empty.getvalue().ljust(PIXELS_BEGIN, b"\0"))
+            images = itertools.chain.from_iterable(ordered_map(pool, partial(read_chunk, image_size=side), chunks))
+            for i, image in enumerate(tqdm(images, f"{split}: pictures", n, unit="picture")):
                 if isinstance(image, str):
                     bad.append({"image_id": source["image_ids"][i], "reason": image})
                     tqdm.write(f"unreadable picture: {image}", file=sys.stderr)
@@ -362,26 +373,22 @@ def write_split(pool, config, split, source, tokens, word_map, attributes):
                                         f"unreadable, the last one {image}; mend or remove them, or go on without "
                                         f"them: --max_bad_images 1")
                 else:
-                    pixels[len(good)] = image
-                    digest.update(image.tobytes())
+                    file.write(image)
+                    digest.update(image)
                     good.append(i)
             if not good:
                 raise UserError(f"no readable picture in {source['folder']}")
-        if bad:
-            close_gap(temporary, len(good))
-        with h5py.File(temporary, "a") as file:
+            file.write(bytes(room))
+        where = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        where.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        where.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        with h5py.File(temporary, "r+", alignment_threshold=side * side * 3, alignment_interval=PIXELS_BEGIN) as file:
+            images = file.create_dataset("images", (len(good), side, side, 3), np.uint8, dcpl=where)
+            assert images.id.get_offset() == PIXELS_BEGIN
             counts = write_captions(file, config, [source["image_ids"][i] for i in good],
                                     [source["captions"][i] for i in good], [tokens[i] for i in good], word_map)
             file.attrs.update(attributes, split=split, word_map_digest=word_map_digest(word_map),
                               images_digest=digest.hexdigest())
-            file.flush()
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # the latter from h5py, where closing the file fails too
-        raise not_written(path, error) from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return dict(pictures=len(good), bad_pictures=bad, pictures_without_caption=source["no_caption"], **counts,
                 empty_captions=source["empty"], extra_captions=source["extra"])
 
@@ -408,31 +415,20 @@ def write_captions(file, config, image_ids, captions, tokens, word_map):
                 pictures_with_fewer_captions=sum(len(picture) < k for picture in captions))
 
 
-def close_gap(path, n):
-    """Cut the unused rows off the end of `images`: HDF5 cannot shrink a contiguous data set, so it is copied."""
-    copy = path.with_name(f"{path.name}2")
-    need_space(path.parent, path.stat().st_size, f"to leave out the unreadable pictures of {path}")
-    try:
-        with h5py.File(path) as source, h5py.File(copy, "w") as target:
-            images = target.create_dataset("images", (n, *source["images"].shape[1:]), np.uint8)
-            for start in range(0, n, 1024):
-                images[start:start + 1024] = source["images"][start:min(start + 1024, n)]
-        os.replace(copy, path)
-    finally:
-        copy.unlink(missing_ok=True)
+def read_chunk(paths, image_size):
+    """read_image of each. Returns: list of uint8 (image_size, image_size, 3), or of str: why it is unreadable."""
+    images = []
+    for path in paths:
+        try:
+            images.append(read_image(path, image_size))
+        except BadPicture as error:
+            images.append(str(error))
+    return images
 
 
-def read_or_reason(path, image_size):
-    """read_image, or why it cannot be read. Returns: uint8 array (image_size, image_size, 3) or str."""
-    try:
-        return read_image(path, image_size)
-    except BadPicture as error:
-        return str(error)
-
-
-def ordered_map(pool, function, items, window=256):
-    """pool.map that never holds more than `window` results: pictures come faster than a slow disk takes them."""
-    pending = collections.deque()
+def ordered_map(pool, function, items):
+    """pool.map that is only a few items ahead of its reader: pictures come faster than a slow disk takes them."""
+    pending, window = collections.deque(), 4 * os.cpu_count()
     try:
         for item in items:
             pending.append(pool.submit(function, item))

@@ -6,8 +6,9 @@
     python train.py --resume --fine_tune_encoder true     # then train the encoder too
     python train.py --cache_features true                 # run the frozen encoder once, not in every epoch
 
-Writes models/checkpoint.pth.tar after every epoch and models/BEST_checkpoint.pth.tar after every best one, and
-logs/RUN/ with TensorBoard's events, log.jsonl (a line an epoch) and config.json (settings, command, versions).
+Writes models/checkpoint.pth.tar after every epoch, keeping the one before, and models/BEST_checkpoint.pth.tar after
+every best one, and logs/RUN/ with TensorBoard's events, log.jsonl (a line an epoch) and config.json (settings, command,
+versions).
 
 Departures from the original, and why:
 - Pictures come in batches with all their captions: one pass of the encoder instead of five.

@@ -2,11 +2,13 @@
 import contextlib
 import ctypes
 import dataclasses
+import io
 import json
 import math
 import os
 import pickle
 import re
+import shlex
 import subprocess
 import zipfile
 from pathlib import Path
@@ -14,12 +16,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from config import Config, UserError, get_config
+from config import Config, UserError, get_config, replacing
 from datasets import check_word_map
 from models import build_models
 
 CHECKPOINT_VERSION = 1
 CHECKPOINT, BEST_CHECKPOINT = "checkpoint.pth.tar", "BEST_checkpoint.pth.tar"
+PREVIOUS_CHECKPOINT = "checkpoint.previous.pth.tar"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -27,29 +30,25 @@ CHECKPOINT, BEST_CHECKPOINT = "checkpoint.pth.tar", "BEST_checkpoint.pth.tar"
 
 
 def save_checkpoint(checkpoint, path):
-    """Write a checkpoint whole or not at all: temporary name, flush, fsync, rename, fsync of the folder.
+    """Write a checkpoint whole or not at all; of checkpoint.pth.tar the one before is kept beside it.
 
     Args:
         checkpoint (dict): tensors and plain containers only. path (Path).
     Raises:
         UserError: the disk is full or not writable; what was at `path` is untouched.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # elsewhere a folder cannot be opened, nor needs to be
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error}); the checkpoint before it is untouched: free some "
-                        f"disk space and go on with --resume") from None
+    content = io.BytesIO()  # so that its size is known, and since torch.save does not say why a disk refuses
+    torch.save(checkpoint, content)
+    previous = path.with_name(PREVIOUS_CHECKPOINT)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, len(content.getbuffer())) as temporary:
+        temporary.write_bytes(content.getbuffer())
+        if path.name == CHECKPOINT and path.exists():
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(path, previous)  # a second name, so that there is a checkpoint at `path` throughout
+            except OSError:  # a file system without links
+                os.replace(path, previous)
 
 
 def load_checkpoint(path, word_map_path=None):
@@ -65,11 +64,15 @@ def load_checkpoint(path, word_map_path=None):
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist: train a model with train.py, or name one with --checkpoint")
+        raise UserError(f"{path} does not exist: train a model with train.py, or name one with --checkpoint"
+                        f"{way_back(path)}")
     try:
+        with zipfile.ZipFile(path) as file:  # torch.load compares no checksums: a flipped bit is another weight to it
+            if (part := file.testzip()) is not None:
+                raise ValueError(f"the checksum of {part} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch.load raises whatever a broken file leads it to
-        return load_original(path, word_map_path)
+    except Exception as error:  # torch.load raises whatever a broken file leads it to
+        return load_original(path, word_map_path, (str(error).splitlines() or [type(error).__name__])[0])
     parts = dict(version=int, config=dict, word_map=dict, encoder=dict, decoder=dict, optimizers=dict, epoch=int,
                  step=int, best_score=float, epochs_since_improvement=int, run=str)
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), kind)
@@ -87,6 +90,19 @@ def load_checkpoint(path, word_map_path=None):
     if word_map_path and read_word_map(word_map_path) != checkpoint["word_map"]:
         raise UserError(f"{path} carries its own word map, and {word_map_path} is another: leave --word_map out")
     return checkpoint
+
+
+def way_back(path):
+    """How to go on from the checkpoint before the one at `path`. Returns: str, "" where there is none that is whole."""
+    previous = path.with_name(PREVIOUS_CHECKPOINT)
+    if path.name != CHECKPOINT or not previous.exists():
+        return ""
+    try:
+        epoch = load_checkpoint(previous)["epoch"]
+    except UserError:
+        return ""
+    return (f"; the one before it, after epoch {epoch}, is whole: "
+            f"mv {shlex.quote(str(previous))} {shlex.quote(str(path))}, and --resume goes on from there")
 
 
 def load_models(checkpoint, config, device, source):
@@ -182,12 +198,13 @@ class OriginalUnpickler(pickle._Unpickler):  # in Python: in the one in C ten by
         return key
 
 
-def load_original(path, word_map_path):
+def load_original(path, word_map_path, reason):
     """A checkpoint of the original, or of the tutorial it derives from, as if this repo had saved it, without what
     resuming needs. The parameters have the same names; the settings follow from their shapes.
 
     Args:
         path (Path). word_map_path (str or Path): the WORDMAP.json of its training; None where the user named none.
+        reason (str): why it is not a checkpoint of this repo.
     Returns:
         dict: as load_checkpoint gives it.
     Raises:
@@ -205,8 +222,9 @@ def load_original(path, word_map_path):
                         emb_dim=decoder["decode_step.weight_ih"].shape[1] - encoder_dim)
         rows, epoch = len(decoder["embedding.weight"]), int(parts["epoch"])
     except Exception as error:  # a broken pickle raises whatever it stumbles over
-        raise UserError(f"{path} is not a checkpoint of this repo or of the original, or is damaged "
-                        f"({type(error).__name__}: {' '.join(str(error).split())[:300]})") from None
+        raise UserError(f"{path} is not a checkpoint of this repo ({reason[:200]}) or of the original "
+                        f"({type(error).__name__}: {' '.join(str(error).split())[:300]}), or is damaged"
+                        f"{way_back(path)}") from None
     if not word_map_path:
         raise UserError(f"{path} is a checkpoint of the original, which carries no word map: eval.py and demo.py read "
                         f"it with --word_map FILE, the WORDMAP.json that it was trained with")

@@ -14,12 +14,10 @@ attention_peak_hits() whether the model looked at what it named.
 """
 
 import argparse
-import contextlib
 import hashlib
 import io
 import json
 import multiprocessing
-import os
 import re
 import shutil
 import sys
@@ -34,6 +32,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where config.py is
+
+from config import UserError, replacing, run  # noqa: E402
 
 SPLITS = {"train": ("train", "20170902"), "valid": ("validation", "20170910"), "test_a": ("test_a", "20180103")}
 ZOOM = 2  # drawn this much too large and then shrunk: Pillow's own edges are jagged
@@ -524,21 +526,10 @@ def _make(index, seed, split, size):
     return hashlib.sha1(f"{seed} {split} {index}".encode()).hexdigest() + ".jpg", jpeg.getvalue(), scene, captions
 
 
-@contextlib.contextmanager
-def _replacing(path):
-    """A name of this process's own that becomes `path` once all is written: half a file must not pass for one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _write_split(pool, out, split, count, seed, size):
     name, date = SPLITS[split]
     root, scenes, texts = f"ai_challenger_caption_{name}_{date}", {}, []
-    with _replacing(out / f"{root}.zip") as part, zipfile.ZipFile(part, "w") as archive:
+    with replacing(out / f"{root}.zip") as part, zipfile.ZipFile(part, "w") as archive:
 
         def add(path, data):
             archive.writestr(zipfile.ZipInfo(f"{root}/{path}", (2017, 9, 2, 0, 0, 0)), data)
@@ -561,8 +552,7 @@ def _write_split(pool, out, split, count, seed, size):
 
 def main():
     def fail(message):
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(message)
 
     parser = argparse.ArgumentParser(description="Draw the sample set.", allow_abbrev=False)
     parser.error = fail
@@ -580,20 +570,17 @@ def main():
         for path in (args.out / f"{name}{ending}" for name in names for ending in (".zip", "")):
             if path.exists():
                 fail(f"{path} is there, but no scenes.json: this is not a drawn set; choose another --out")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name in names:  # what was extracted from the archives that are about to be replaced
-            shutil.rmtree(args.out / name, ignore_errors=True)
-        with multiprocessing.Pool() as pool:
-            for split, count in zip(SPLITS, counts):
-                scenes |= _write_split(pool, args.out, split, count, args.seed, args.size)
-        with _replacing(args.out / "scenes.json") as part:
-            part.write_text(json.dumps(scenes, ensure_ascii=False), "utf-8")
-    except OSError as error:
-        fail(error)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in names:  # what was extracted from the archives that are about to be replaced
+        shutil.rmtree(args.out / name, ignore_errors=True)
+    with multiprocessing.Pool() as pool:
+        for split, count in zip(SPLITS, counts):
+            scenes |= _write_split(pool, args.out, split, count, args.seed, args.size)
+    with replacing(args.out / "scenes.json") as part:
+        part.write_text(json.dumps(scenes, ensure_ascii=False), "utf-8")
     for split, count in zip(SPLITS, counts):
         print(f"{split:6} {count:6,} pictures {5 * count:7,} sentences")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,4 +1,5 @@
 """What every test shares: the scripts as a user runs them, and one tiny data set that they have made."""
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,22 @@ def files_under(folder):
     """Everything below a folder, with its content. Returns: dict, relative path -> bytes, or None for a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
             for path in sorted(Path(folder).rglob("*"))}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one MiB; skipped where this process may not mount one.
+
+    Returns:
+        Path
+    """
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1M", "none", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
 """Pixels, words, and batches."""
 import json
 import pickle
+import resource
 import shutil
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -10,13 +12,14 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import files_under
 from PIL import EpsImagePlugin, Image
 
 import demo
-from config import UserError, get_config
+from config import UserError, get_config, replacing
 from datasets import (BadPicture, BatchSampler, CaptionDataset, build_word_map, check_word_map, decode_caption,
-                      encode_caption, load_word_map, make_loader, open_picture, read_image, tokenize, word_list,
-                      word_map_digest, write_text)
+                      draft_size, encode_caption, load_word_map, make_loader, open_picture, read_image, tokenize,
+                      word_list, word_map_digest, write_text)
 from pre_process import SPLITS
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -125,6 +128,41 @@ def test_a_picture_is_squeezed_into_the_square_whole(tmp_path):
     assert (pixels[:, :24] == RED).all() and (pixels[:, 26:] == BLUE).all()
 
 
+def photograph(width, height, seed=0):
+    """A picture with the spectrum and the contrast between neighbours of a photograph. Returns: PIL.Image, RGB."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width)
+    planes = [np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / np.maximum(frequency, 1) ** 1.4,
+                            (height, width)) for _ in range(4)]
+    pixels = np.stack([planes[0] + 0.4 * plane for plane in planes[1:]], axis=-1)
+    return Image.fromarray((128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
+
+
+def whole_then_resized(path, side):
+    return np.asarray(open_picture(path).resize((side, side), Image.Resampling.BILINEAR))
+
+
+@pytest.mark.parametrize("mode, keywords", [
+    ("RGB", {}), ("RGB", dict(progressive=True)), ("L", {}), ("CMYK", {}),
+    *(("RGB", dict(orientation=turn)) for turn in range(2, 9))], ids=str)
+@pytest.mark.parametrize("size, side, reduction", [
+    ((331, 240), 100, 1), ((335, 501), 128, 2), ((357, 269), 33, 4), ((607, 811), 37, 8)])
+def test_a_large_jpeg_looks_the_same_decoded_small(mode, keywords, size, side, reduction, tmp_path):
+    keywords, exif = dict(keywords), Image.Exif()
+    exif[0x0112] = keywords.pop("orientation", 1)
+    photograph(*size).convert(mode).save(tmp_path / "photo.jpg", exif=exif, quality=90, **keywords)
+    assert draft_size(size, side) == (size[0] // reduction, size[1] // reduction)
+    pixels, expected = read_image(tmp_path / "photo.jpg", side), whole_then_resized(tmp_path / "photo.jpg", side)
+    assert pixels.shape == (side, side, 3)
+    assert np.abs(pixels.astype(float) - expected).mean() < 1
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo.webp", "photo.bmp", "photo.gif", "photo.tif", "photo.ppm"])
+def test_other_formats_are_decoded_whole(name, tmp_path):
+    photograph(500, 333).save(tmp_path / name)
+    assert np.array_equal(read_image(tmp_path / name, 40), whole_then_resized(tmp_path / name, 40))
+
+
 def test_a_picture_for_drawing_keeps_its_size(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -155,6 +193,7 @@ BROKEN = {
     "text.jpg": lambda path: path.write_text("<html>404 Not Found</html>"),
     "zeros.jpg": lambda path: path.write_bytes(bytes(5000)),
     "cut_short.jpg": lambda path: path.write_bytes(noise(path)[:-800]),
+    "cut_short_large.jpg": lambda path: (photograph(800, 600).save(path), path.write_bytes(path.read_bytes()[:-9000])),
     "cut_short.png": lambda path: path.write_bytes(noise(path)[:-800]),
     "cut_short.gif": lambda path: path.write_bytes(noise(path)[:-800]),
     "header_only.jpg": lambda path: path.write_bytes(noise(path)[:30]),
@@ -177,6 +216,33 @@ def test_a_broken_picture_is_named(name, tmp_path):
         message = str(error.value)
         assert message.startswith(f"{path}: ") and len(message) > len(f"{path}: ") and "\n" not in message
         assert message.count(str(path)) == 1
+
+
+def patched_size(picture, name, offset, form):
+    """Say in a small picture's header that it is 60,000 pixels wide and high."""
+    def save(path):
+        picture.save(path)
+        content = bytearray(path.read_bytes())
+        struct.pack_into(form, content, offset(content), 60_000, 60_000)
+        path.write_bytes(content)
+    return name, save
+
+
+@pytest.mark.parametrize("name, save", [
+    ("huge.png", lambda path: path.write_bytes(png(60_000, 60_000, zlib.compress(bytes(60_000 * 7_501), 1)))),
+    patched_size(palette([RED]), "huge.gif", lambda content: 6, "<HH"),
+    patched_size(Image.new("RGB", (8, 8)), "huge.bmp", lambda content: 18, "<ii"),
+    patched_size(Image.new("RGB", (8, 8)), "huge.jpg", lambda content: content.index(b"\xff\xc0") + 5, ">HH"),
+    ("huge.ppm", lambda path: path.write_bytes(b"P6 60000 60000 255\n" + bytes(1000))),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_bomb_is_refused_before_it_is_decoded(name, save, tmp_path):
+    save(tmp_path / name)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    for open_it in (open_picture, lambda path: read_image(path, 32)):
+        with pytest.raises(BadPicture, match="decompression bomb"):
+            open_it(tmp_path / name)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB; decoded it is gigabytes
+    assert time.perf_counter() - started < 5
 
 
 def test_a_picture_runs_no_program(tmp_path, monkeypatch):
@@ -398,6 +464,31 @@ def virtual(file, name):
     file.create_virtual_dataset(name, layout)
 
 
+def soft_link(file, name):
+    file.move(name, "elsewhere")
+    file[name] = h5py.SoftLink("/elsewhere")
+
+
+def claims_too_much(file):
+    """Lengths and texts of a million captions a picture, of which nothing is in the file."""
+    for name, dtype, more in (("captions", np.int32, (42,)), ("caption_lengths", np.int32, ()),
+                              ("raw_captions", h5py.string_dtype(), ())):
+        del file[name]
+        file.create_dataset(name, (len(file["images"]), 10**6, *more), dtype)
+
+
+def more_rows_than_bytes(file):
+    """A million pictures, allocated as HDF5 does it, and then cut out of the file."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    for name, shape, dtype in (("images", (64, 64, 3), np.uint8), ("captions", (5, 42), np.int32),
+                               ("caption_lengths", (5,), np.int32), ("image_ids", (), h5py.string_dtype()),
+                               ("raw_captions", (5,), h5py.string_dtype())):
+        del file[name]
+        file.create_dataset(name, (10**6, *shape), dtype, dcpl=properties if dtype is np.uint8 else None)
+
+
 def a_word_too_many(file):
     file["captions"][0, 0, 1] = len(load_word_map(Path(file.filename).parent))
 
@@ -434,6 +525,12 @@ DAMAGE = {
     "a number for a data set": lambda file: replace(file, "images", lambda file, name, data: file.create_dataset(
         name, data=np.uint8(3))),
     "an external link": lambda file: external_link(file, "captions"),
+    "a soft link": lambda file: soft_link(file, "captions"),
+    "a soft link to pixels": lambda file: soft_link(file, "images"),
+    "a filter": lambda file: replace(file, "captions", lambda file, name, data: file.create_dataset(
+        name, data=data, compression="gzip")),
+    "captions that are not there": claims_too_much,
+    "pictures that are not there": more_rows_than_bytes,
     "external storage": lambda file: external_storage(file, "captions"),
     "a virtual data set": lambda file: virtual(file, "captions"),
     "another image size": lambda file: file.attrs.update(image_size=32),
@@ -580,6 +677,26 @@ def test_a_small_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "狗" * 100 + "\ud800")
     assert [path.name for path in tmp_path.iterdir()] == ["file.json"] and path.read_text("utf-8") == "猫"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    """Whatever goes wrong while it is written, what was there stays, and nothing else does."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    (tmp_path / "file.tmp").write_bytes(b"left by a run that was killed")
+    for error, expected in ((OSError(28, "No space left"), UserError), (RuntimeError("errno = 28"), UserError),
+                            (UserError("of its own"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)):
+        with pytest.raises(expected) as raised, replacing(path, 5 * 2**20) as temporary:
+            assert not temporary.exists()
+            temporary.write_bytes(b"half")
+            raise error
+        assert files_under(tmp_path) == {"file": b"old"}
+        if expected is UserError and raised.value is not error:
+            assert str(path) in str(raised.value) and "5.0 MiB" in str(raised.value)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"new")
+        assert path.read_bytes() == b"old"
+    assert files_under(tmp_path) == {"file": b"new"}
 
 
 @pytest.mark.parametrize("name", ["folder", "missing/file", "folder/below/file"])

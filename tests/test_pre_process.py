@@ -5,6 +5,9 @@ import os
 import resource
 import shutil
 import stat
+import struct
+import subprocess
+import sys
 import time
 import warnings
 import zipfile
@@ -13,7 +16,7 @@ import h5py
 import jieba
 import numpy as np
 import pytest
-from conftest import error_line, files_under, script
+from conftest import ROOT, error_line, files_under, script
 from PIL import Image
 
 import pre_process
@@ -293,22 +296,20 @@ def test_a_run_after_one_that_was_killed(data_dir, preprocess):
 
 
 def test_what_a_killed_run_left_does_not_count_against_the_disk(data_dir, preprocess, monkeypatch):
-    stale = [data_dir / f"train.h5.tmp{end}" for end in ("", "2")]
-    for path in stale:
-        path.write_bytes(b"most of a disk")
+    stale = data_dir / "train.h5.tmp"
+    stale.write_bytes(b"most of a disk")
     usage = shutil.disk_usage(data_dir)
-    monkeypatch.setattr(shutil, "disk_usage",
-                        lambda path: usage._replace(free=0) if any(map(type(path).exists, stale)) else usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0) if stale.exists() else usage)
     assert preprocess(data_dir).code == 0
     assert no_leftovers(data_dir)
 
 
-def killed(path, image_size):
+def killed(paths, image_size):
     os._exit(9)
 
 
 def test_a_worker_that_is_killed_is_told(data_dir, preprocess, monkeypatch):
-    monkeypatch.setattr(pre_process, "read_or_reason", killed)
+    monkeypatch.setattr(pre_process, "read_chunk", killed)
     result = preprocess(data_dir)
     assert result.code == 2 and "killed" in error_line(result.err)
     assert not list(data_dir.glob("*.h5")) and no_leftovers(data_dir)
@@ -399,6 +400,13 @@ def encrypted(content):
         content[content.rindex(signature) + flags] |= 1
 
 
+def forged(content):
+    """The last member says that it unpacks to half of what it does."""
+    for signature, at in ((b"PK\3\4", 22), (b"PK\1\2", 24)):
+        at += content.rindex(signature)
+        struct.pack_into("<I", content, at, struct.unpack_from("<I", content, at)[0] // 2)
+
+
 def flip(content):
     content[content.index(b"\xff\xd8") + 100] ^= 255  # inside the first picture
 
@@ -427,6 +435,9 @@ ARCHIVES = {
     "twice": with_member(f"{SPLITS['train'][0]}/file", twice=True),
     "twice under two names": lambda archive: [with_member(name)(archive) for name in ("a/file", "a//file")],
     "a file and its folder": lambda archive: [with_member(name)(archive) for name in ("a", "a/b")],
+    "a drive within, for Windows": with_member(f"{SPLITS['train'][0]}/a/C:evil"),
+    "more than it declares": lambda archive: [with_member("a", content=bytes(10_000))(archive),
+                                              patched(archive, forged)],
     "bomb": with_member(f"{SPLITS['train'][0]}/zeros", content=bytes(2**26)),
 }
 
@@ -436,6 +447,29 @@ def test_a_bad_archive_is_refused_whole(kind, data_dir, refused):
     archive = make_archive(data_dir / SPLITS["train"][0])
     ARCHIVES[kind](archive)
     refused(data_dir, archive)
+
+
+def test_an_archive_of_too_many_members_is_refused(data_dir, refused, monkeypatch):
+    archive = make_archive(data_dir / SPLITS["train"][0])
+    monkeypatch.setattr(pre_process, "MEMBERS", 6)
+    refused(data_dir, archive, "7 members")
+
+
+def test_an_archive_within_an_archive_is_a_file_like_any_other(data_dir, preprocess):
+    folder, pictures = make_split(data_dir, "test_a", [entry(10)])
+    with zipfile.ZipFile(pictures / "inner.zip", "w") as file:
+        file.writestr("harm", b"")
+    (folder / SPLITS["test_a"][2]).unlink()
+    make_archive(folder)
+    assert preprocess(data_dir).code == 0
+    assert sorted(path.name for path in folder.rglob("*.*")) == ["inner.zip", name_of(10)]
+
+
+def test_names_that_differ_only_in_case_are_two_files_or_refused(data_dir, preprocess):
+    make_split(data_dir, "test_a", [entry(10), {**entry(11), "image_id": "P10.jpg"}])
+    make_archive(data_dir / SPLITS["test_a"][0])
+    if preprocess(data_dir).code == 0:
+        assert sorted(read(data_dir, "test_a")["image_ids"]) == ["P10.jpg", name_of(10)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -677,12 +711,36 @@ def test_a_data_file_without_room_is_not_begun(data_dir, preprocess, monkeypatch
     assert not list(data_dir.glob("*.h5")) and no_leftovers(data_dir)
 
 
-def test_a_disk_that_fills_up_on_the_way(data_dir):
-    limit = 6 * 160 * 160 * 3 // 2
-    done = script("pre_process.py", "--data_dir", data_dir, *FLAGS, "--image_size", 160, check=2,
+@pytest.mark.parametrize("side", [32, 64, 160])  # HDF5 holds back pictures of less than 64 KB
+@pytest.mark.parametrize("extra", ["half of the pixels", "no caption"])
+def test_a_disk_that_fills_up_on_the_way(side, extra, data_dir):
+    limit = 6 * side * side * 3 // 2 if extra == "half of the pixels" else 4096 + 6 * side * side * 3
+    done = script("pre_process.py", "--data_dir", data_dir, *FLAGS, "--image_size", side, check=2,
                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert str(data_dir / "train.h5") in error_line(done.stderr)
+    assert str(data_dir / "train.h5") in error_line(done.stderr) and " MiB" in error_line(done.stderr)
     assert not list(data_dir.glob("*.h5")) and no_leftovers(data_dir)
+
+
+FILL_UP = """
+import sys, pre_process
+pre_process.need_space = lambda *arguments: None  # as if something else took the rest of the disk meanwhile
+pre_process.run(pre_process.main)
+"""
+
+
+def test_a_disk_that_is_really_full(data_dir, small_disk):
+    """What was there stays, byte for byte; the exit code is that of a user's error, and not a crash at the end."""
+    with open(small_disk / "filler", "wb") as file:
+        file.write(bytes(2**20 - 160_000))
+    shutil.copytree(data_dir, small_disk / "data")
+    before = files_under(small_disk)
+    done = subprocess.run([sys.executable, "-c", FILL_UP, "--data_dir", small_disk / "data", *FLAGS, "--image_size",
+                           "100"], capture_output=True, encoding="utf-8", cwd=ROOT)
+    assert done.returncode == 2, done
+    assert str(small_disk / "data" / "train.h5") in error_line(done.stderr) and " MiB" in error_line(done.stderr)
+    after = files_under(small_disk)
+    del after["data/WORDMAP.json"]
+    assert after == before
 
 
 @pytest.mark.parametrize("name", ["WORDMAP.json", "pre_process.json", "train.h5"])

@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_line, script
+from conftest import ROOT, error_line, files_under, script
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import UserError, parse_args
 from datasets import load_word_map
-from utils import load_checkpoint, open_checkpoint
+from utils import load_checkpoint, open_checkpoint, save_checkpoint
 
 @pytest.fixture(scope="session")
 def trained(tiny, tiny_flags, tmp_path_factory):
@@ -210,6 +210,107 @@ def test_a_damaged_or_hostile_checkpoint_is_refused(trained, tmp_path, content):
         torch.save({"hook": print} if content == "pickle" else [1, 2], path)
     with pytest.raises(UserError, match="bad.pth.tar"):
         load_checkpoint(path)
+
+
+def weights(number):
+    """What a checkpoint must have, with 40,000 weights of its own. Returns: dict."""
+    words = {"<pad>": 0, "<unk>": 1, "<start>": 2, "<end>": 3}
+    tensor = torch.full((100, 400), float(number))
+    return dict(version=1, config={}, word_map=words, encoder={"weight": tensor}, step=0, best_score=0.0, run="run",
+                decoder={"embedding.weight": torch.zeros(4, 2)}, optimizers={}, epoch=number,
+                epochs_since_improvement=0)
+
+
+def damage(path, at):
+    content = bytearray(path.read_bytes())
+    content[at if at >= 0 else len(content) + at] ^= 4
+    path.write_bytes(content)
+
+
+def test_the_checkpoint_before_is_kept(tmp_path):
+    path = tmp_path / "checkpoint.pth.tar"
+    for number in (1, 2, 3):
+        save_checkpoint(weights(number), path)
+        save_checkpoint(weights(number), tmp_path / "BEST_checkpoint.pth.tar")
+    assert load_checkpoint(path)["epoch"] == 3
+    assert load_checkpoint(tmp_path / "checkpoint.previous.pth.tar")["epoch"] == 2
+    assert len(files_under(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_checkpoint_cut_off_while_it_is_written(links, tmp_path, monkeypatch):
+    """Wherever the writing stops, what --resume reads is whole, or the error names what is."""
+    if not links:
+        monkeypatch.setattr("os.link", lambda *names: raise_(OSError("no links here")))
+    path = tmp_path / "checkpoint.pth.tar"
+    save_checkpoint(weights(1), path)
+    save_checkpoint(weights(2), path)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="untouched"):
+        patch.setattr("os.fsync", lambda number: raise_(OSError(5, "Input/output error")))
+        save_checkpoint(weights(3), path)
+    if not path.exists():
+        follow_the_error(path)
+    assert load_checkpoint(path)["epoch"] == 2 and not list(tmp_path.glob("*.tmp"))
+
+
+def raise_(error):
+    raise error
+
+
+def follow_the_error(path):
+    """Do what the error about a damaged checkpoint says."""
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value) and "--resume" in str(error.value)
+    command = str(error.value).split("whole: ")[1].split(", and")[0]
+    subprocess.run(command, shell=True, check=True)
+
+
+@pytest.mark.parametrize("position", range(0, 100, 7))
+def test_a_flipped_bit_is_not_taken_for_a_weight(position, tmp_path):
+    """A bit of padding may be flipped; any other is found."""
+    path = tmp_path / "BEST_checkpoint.pth.tar"
+    save_checkpoint(weights(1), path)
+    damage(path, path.stat().st_size * position // 100)
+    try:
+        assert same_tensors(load_checkpoint(path), weights(1))
+    except UserError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert not 10 < position < 95  # where the weights lie
+
+
+@pytest.mark.parametrize("spoil", [lambda path: damage(path, 80_000), lambda path: path.write_bytes(b""),
+                                   lambda path: path.write_bytes(path.read_bytes()[:-100]), lambda path: path.unlink()],
+                         ids=["flipped", "empty", "cut", "missing"])
+def test_a_damaged_checkpoint_names_the_way_back(spoil, tmp_path):
+    folder = tmp_path / "my models"
+    path = folder / "checkpoint.pth.tar"
+    for number in (1, 2):
+        save_checkpoint(weights(number), path)
+    spoil(path)
+    follow_the_error(path)
+    assert load_checkpoint(path)["epoch"] == 1
+    save_checkpoint(weights(2), path)
+    for name in files_under(folder):
+        spoil(folder / name)
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path)
+    assert "previous" not in str(error.value)
+
+
+def test_a_checkpoint_on_a_full_disk(small_disk):
+    path = small_disk / "models" / "checkpoint.pth.tar"
+    for number in range(1, 5):  # of 160 KB
+        save_checkpoint(weights(number), path)
+    before = files_under(small_disk)
+    large = dict(weights(9), encoder={"weight": torch.zeros(200_000)})
+    with pytest.raises(UserError) as error:
+        save_checkpoint(large, path)
+    for part in (str(path), "No space left on device", "0.8 MiB", "untouched"):
+        assert part in str(error.value)
+    assert files_under(small_disk) == before
+    assert load_checkpoint(path)["epoch"] == 4
 
 
 def test_a_bad_checkpoint_as_the_scripts_tell_it(trained, tmp_path):
