@@ -140,7 +140,7 @@ def parse_args(description, own=None, argv=None):
         parser.add_argument(f"--{name}", **keywords)
     fields = dataclasses.fields(Config)
     for field in fields:
-        parser.add_argument(f"--{field.name}", type=_boolean if field.type is bool else field.type,
+        parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type,
                             default=argparse.SUPPRESS, metavar=field.type.__name__.upper(),
                             help=f"{comments[field.name]} ({field.default})".replace("%", "%%"))
     args, unknown = parser.parse_known_args(argv)
@@ -168,7 +168,8 @@ def run(main):
         sys.exit(130)
 
 
-def _boolean(text):
+def boolean(text):
+    """true or false, for argparse."""
     if text not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
     return text == "true"
