@@ -121,13 +121,15 @@ def test_fine_tuning_can_be_turned_on_later(trained, tmp_path):
 def test_evaluation(trained, tiny, tmp_path):
     result = script("eval.py", "--checkpoint", trained / "models" / "BEST_checkpoint.pth.tar", "--split", "test_a",
                     "--beam_size", 2, "--results", tmp_path / "results.json", "--write_submission",
-                    tmp_path / "submission.json")
+                    tmp_path / "submission.json", "--official", "true" if shutil.which("java") else "false")
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert results["protocol"]["split"] == "test_a" and results["protocol"]["beam_size"] == 2
     assert {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "char BLEU-1", "char BLEU-4", "char CIDEr",
             "unfinished_captions", "true_captions", "attention_in_box", "attention_in_box_by_chance"
             } <= results["scores"].keys()
+    if shutil.which("java"):  # an empty caption is refused
+        assert ("official CIDEr" in results["scores"]) != ("no official scores: " in result.stdout)
     for name in ("BLEU-1", "BLEU-4", "CIDEr"):
         assert f"{results['scores'][name]:.4f}" in result.stdout
     listed = sorted(path.name for path in tiny.glob("*test_a*/*images*/*.jpg"))
