@@ -154,7 +154,7 @@ def parse_args(description, own=None, argv=None):
         parser.add_argument(f"--{name}", **keywords)
     fields = dataclasses.fields(Config)
     for field in fields:
-        parser.add_argument(f"--{field.name}", type=_boolean if field.type is bool else field.type,
+        parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type,
                             default=argparse.SUPPRESS, metavar=field.type.__name__.upper(),
                             help=f"{comments[field.name]} ({field.default})".replace("%", "%%"))
     args, unknown = parser.parse_known_args(argv)
@@ -215,7 +215,8 @@ def replacing(path, size=0):
             temporary.unlink()
 
 
-def _boolean(text):
+def boolean(text):
+    """true or false, for argparse."""
     if text not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
     return text == "true"

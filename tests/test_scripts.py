@@ -1,5 +1,6 @@
 """The four scripts end to end, as a user calls them, on a few tiny drawn pictures; every output is looked into."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -120,12 +121,15 @@ def test_fine_tuning_can_be_turned_on_later(trained, tmp_path):
 def test_evaluation(trained, tiny, tmp_path):
     result = script("eval.py", "--checkpoint", trained / "models" / "BEST_checkpoint.pth.tar", "--split", "test_a",
                     "--beam_size", 2, "--results", tmp_path / "results.json", "--write_submission",
-                    tmp_path / "submission.json")
+                    tmp_path / "submission.json", "--official", "true" if shutil.which("java") else "false")
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert results["protocol"]["split"] == "test_a" and results["protocol"]["beam_size"] == 2
-    assert {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "unfinished_captions", "true_captions",
-            "attention_in_box", "attention_in_box_by_chance"} <= results["scores"].keys()
+    assert {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr", "char BLEU-1", "char BLEU-4", "char CIDEr",
+            "unfinished_captions", "true_captions", "attention_in_box", "attention_in_box_by_chance"
+            } <= results["scores"].keys()
+    if shutil.which("java"):  # an empty caption is refused
+        assert ("official CIDEr" in results["scores"]) != ("no official scores: " in result.stdout)
     for name in ("BLEU-1", "BLEU-4", "CIDEr"):
         assert f"{results['scores'][name]:.4f}" in result.stdout
     listed = sorted(path.name for path in tiny.glob("*test_a*/*images*/*.jpg"))
@@ -135,6 +139,24 @@ def test_evaluation(trained, tiny, tmp_path):
     submission = json.loads((tmp_path / "submission.json").read_text(encoding="utf-8"))
     assert [(entry["image_id"] + ".jpg", entry["caption"]) for entry in submission] == [
         (entry["image_id"], entry["caption"]) for entry in results["captions"]]
+
+
+def test_evaluation_of_an_attention_that_looks_nowhere_and_without_java(trained, tmp_path):
+    """Weights of the attention set to zero make it uniform and still; an empty PATH has no Java on it."""
+    checkpoint = torch.load(trained / "models" / "BEST_checkpoint.pth.tar", weights_only=True)
+    checkpoint["decoder"]["attention.full_att.weight"].zero_()
+    torch.save(checkpoint, tmp_path / "blind.pth.tar")
+    flags = ["--checkpoint", tmp_path / "blind.pth.tar", "--split", "test_a", "--beam_size", 1]
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    result = script("eval.py", *flags, check=0, env=environment, cwd=tmp_path)
+    lines = result.stdout.splitlines()
+    assert sum(line.startswith("no METEOR: ") for line in lines) == 1
+    results = json.loads((trained / "models" / "results_test_a_beam1.json").read_text(encoding="utf-8"))
+    assert "METEOR" not in results["scores"] and 0 <= results["scores"]["char BLEU-4"] <= 1
+    assert results["diagnosis"]["attention_shift"] < 0.01 and results["diagnosis"]["attention_entropy"] > 0.99
+    assert len(results["warnings"]) == 2 and all(f"warning: {text}" in lines for text in results["warnings"])
+    fails(script("eval.py", *flags, "--official", "true", env=environment, cwd=tmp_path), "java", "install")
+    fails(script("eval.py", *flags, "--official", "yes"), "--official", "true or false")
 
 
 def is_figure(path):

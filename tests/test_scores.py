@@ -1,0 +1,188 @@
+"""Scores: over words, over characters, and AI Challenger's; what a broken Java costs; what the diagnosis notices."""
+import shutil
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import scores
+from config import UserError
+from eval import attention_course, diagnose
+from scores import characters, meteor, official_scores, ptb_tokenize, score
+
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
+
+# Made up, with marks, Latin letters, a repeated line and different numbers of references.
+REFERENCES = {
+    "a": ["一个穿着红色T恤的男人在草地上踢足球。", "绿色的草地上有一个男人（穿着红色上衣）在踢球",
+          "草地上有1个踢足球的男人"],
+    "b": ["两个女人坐在海边的椅子上,看着大海", "海边的沙滩上坐着两个戴帽子的女人。"],
+    "c": ["一只黑色的狗在雪地里奔跑", "一只黑色的狗在雪地里奔跑", "雪地里有一只奔跑的狗。", "A dog在雪地里"],
+    "d": ["房间里有一个(穿着西装)的男人在讲话。"]}
+SUBMISSION = [dict(image_id=name, caption=caption) for name, caption in (
+    ("c", "一只黑色的狗在草地上奔跑。"), ("a", " 草地上有一个穿着红色t恤的男人在踢足球。"),
+    ("d", "一个穿着西装的男人在讲话"), ("b", "两个戴帽子的女人坐在海边的沙滩上！"))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without Java
+
+
+def test_characters():
+    assert characters(["一个", "T恤", "CD机", "2000", "年", "（", "iphone6", "é"]) == [
+        "一", "个", "T", "恤", "CD", "机", "2000", "年", "（", "iphone", "6", "é"]
+
+
+def test_scores_over_characters_do_not_depend_on_how_words_are_cut():
+    human = [[["一个", "男人", "在", "踢足球"], ["男人", "踢球"]], [["两个", "女人", "坐在", "海边"]]]
+    one, other = [["男人", "踢足球"], ["女人", "在", "海边"]], [["男", "人踢", "足球"], ["女人在", "海", "边"]]
+    assert score(one, human) != score(other, human)
+    human = [[characters(words) for words in captions] for captions in human]
+    assert score(list(map(characters, one)), human) == score(list(map(characters, other)), human)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda entries: entries.pop(), "1 missing pictures, such as b"),
+    (lambda entries: entries.append(dict(image_id="e", caption="一个人")), "1 unknown pictures, such as e"),
+    (lambda entries: entries.append(entries[0]), "1 repeated pictures, such as c"),
+    (lambda entries: entries[0].update(caption=""), "without image_id or caption"),
+    (lambda entries: entries[0].update(caption=None), "without image_id or caption"),
+    (lambda entries: entries[0].update(image_id=""), "without image_id or caption"),
+    (lambda entries: entries[0].pop("image_id"), "without image_id or caption"),
+    (lambda entries: entries.append("a"), "without image_id or caption"),
+])
+def test_what_the_official_evaluator_refused_is_refused(change, message):
+    submission = [dict(entry) for entry in SUBMISSION]
+    change(submission)
+    with pytest.raises(UserError, match=message):
+        official_scores(submission, REFERENCES)
+
+
+@pytest.fixture(params=["none", "hangs", "fails", "babbles", "is killed"])
+def broken_java(request, tmp_path, monkeypatch):
+    """A PATH with nothing on it but a `java` of the kind named, and a limit of a second."""
+    code = {"hangs": "import time; time.sleep(60)",
+            "fails": "import sys; sys.exit('line one\\nno such virtual machine')",
+            "babbles": "print('0.5 is\\nmy\\nanswer')", "is killed": "import os; os.kill(os.getpid(), 9)"}
+    if request.param != "none":
+        java = tmp_path / "java"
+        java.write_text(f"#!{sys.executable} -IS\n{code[request.param]}\n")
+        java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(scores, "JAVA_SECONDS", 1)
+    return {"none": "install", "hangs": "did not finish within 1 s", "fails": "exit code 1 (no such virtual machine)",
+            "babbles": "java", "is killed": "exit code -9"}[request.param]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the broken java is a script")
+def test_a_broken_java_costs_meteor_only(broken_java, capsys):
+    started = time.monotonic()
+    assert meteor([["一个", "人"]], [[["一个", "男人"]]]) == {}
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].startswith("no METEOR: ") and broken_java in said[0]
+    with pytest.raises(UserError) as error:
+        ptb_tokenize(["一个人"])
+    assert broken_java in str(error.value) and "\n" not in str(error.value)
+    assert time.monotonic() - started < 10
+
+
+def test_without_references_there_is_nothing_to_score(capsys):
+    assert score([["一个"]], [[]]) == meteor([["一个"]], [[]]) == {}
+    assert not capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With Java. What is expected was made by pycocoevalcap 1.2: PTBTokenizer, then Bleu, Meteor, Rouge and Cider, of the
+# captions stripped, without 。 and cut by jieba's exact mode.
+
+
+@needs_java
+def test_tokenization_of_the_official_evaluator():
+    expected = {
+        "一个穿着红色衣服的人。": "一个 穿着 红色 衣服 的 人",
+        "你好，世界！真的吗？": "你好 ， 世界 ！ 真的 吗 ？",
+        "(一个人)[两个]{三个}": "-lrb- 一个 人 -rrb- -lsb- 两个 -rsb- -lcb- 三个 -rcb-",
+        "（一个人）【二】《书》「引」": "（ 一个 人 ） 二 书 引",
+        "一个人,两个人.三个人;四个人:五个人!六个人?": "一个 人 两个 人 三个 人 四个 人 五个 人 六个 人",
+        "“引”‘单’\"x\"'y'`z`": "引 单 x y z",
+        "a-b -- c…d...e——f～g、h": "a b c d e f ～ g 、 h",
+        "T恤和CD机 iPhone6": "t恤 和 cd机 iphone6",
+        "a\u2028b\x0bc\r\nd\u3000e": "a b c d e",  # one caption, whatever its line separators
+        "。": "",
+        "最后": "最后",
+    }
+    assert dict(zip(expected, map(" ".join, ptb_tokenize(list(expected))))) == expected
+
+
+@needs_java
+def test_the_official_scores_are_those_of_the_official_pipeline():
+    expected = {"BLEU-1": 0.797508257, "BLEU-2": 0.715925793, "BLEU-3": 0.625276449, "BLEU-4": 0.501233737,
+                "METEOR": 0.492436919, "ROUGE-L": 0.684514999, "CIDEr": 3.185582254}
+    assert official_scores(SUBMISSION, REFERENCES) == pytest.approx(expected, abs=5e-7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diagnosis
+
+
+POSITIONS = (np.arange(14) + 0.5) / 14
+
+
+def peak(row, column, height=0.9):
+    """A map of 14 x 14 that has `height` of its attention in one cell and the rest everywhere."""
+    alpha = np.full((14, 14), (1 - height) / 196, np.float32)
+    alpha[row, column] += height
+    return alpha
+
+
+def test_attention_course():
+    shift, entropy = attention_course(np.stack([peak(0, 0, 1), peak(0, 13, 1), peak(7, 13, 1)]), POSITIONS)
+    assert shift == pytest.approx([13 / 14, 7 / 14], abs=1e-6) and entropy == pytest.approx([0] * 3, abs=1e-6)
+    shift, entropy = attention_course(np.stack([peak(0, 0, 0), peak(0, 13, 0)]), POSITIONS)
+    assert shift == pytest.approx([0], abs=1e-6) and entropy == pytest.approx([1, 1], abs=1e-6)
+    assert [len(part) for part in attention_course(np.empty((0, 14, 14)), POSITIONS)] == [0, 0]
+
+
+def diagnosis(captions, alphas=None):
+    """Warnings of captions written with attention that wanders, or with the maps given."""
+    alphas = np.stack([peak(3, 3), peak(9, 4), peak(5, 10)] if alphas is None else alphas)
+    word_map = {word: i for i, word in enumerate(["<pad>", *"甲乙丙丁", "<unk>", "<start>", "<end>"])}
+    return diagnose(captions, [attention_course(alphas, POSITIONS)] * len(captions), word_map)
+
+
+DIFFERENT = [[a, b, c] for a in "甲乙丙" for b in "甲乙丙" for c in "甲乙丙"]
+
+
+@pytest.mark.parametrize("captions", [
+    [["甲", "乙", "丙"]] * 100,
+    [["甲", "乙", "丙"]] * 40 + DIFFERENT * 3,  # a third of all
+    DIFFERENT[:7] * 15,
+])
+def test_captions_that_collapse_are_noticed(captions):
+    numbers, (warning,) = diagnosis(captions)
+    assert "same" in warning and f"{numbers['distinct_captions']} distinct captions of {len(captions)}" in warning
+
+
+@pytest.mark.parametrize("captions", [DIFFERENT, DIFFERENT * 1000, DIFFERENT * 2 + [["甲", "乙", "丙"]] * 5,
+                                      [["甲", "乙", "丙"]] * 4, [["甲", "乙", "丙"]]])
+def test_captions_that_differ_or_are_few_are_not(captions):
+    assert diagnosis(captions)[1] == []
+
+
+def test_numbers_of_the_diagnosis():
+    numbers, _ = diagnosis([["甲", "乙"], ["甲", "乙"], ["甲"], ["甲", "<unk>", "乙"]])
+    assert numbers["distinct_captions"] == 3 and numbers["mean_length"] == 2
+    assert numbers["same_caption_twice"] == pytest.approx(1 / 6) and numbers["vocabulary_used"] == 2 / 4
+
+
+def test_attention_that_stays_or_looks_everywhere_is_noticed():
+    assert [warning.split(":")[0] for warning in diagnosis(DIFFERENT, [peak(3, 3)] * 3)[1]] == [
+        "attention stays where it is"]
+    assert [warning.split(":")[0] for warning in diagnosis(DIFFERENT, [peak(3, i, 0.02) for i in range(3)])[1]] == [
+        "attention stays where it is", "attention looks everywhere alike"]
+
+
+def test_empty_captions_are_no_error():
+    numbers, _ = diagnose([[]] * 30, [attention_course(np.empty((0, 14, 14)), POSITIONS)] * 30, {"<pad>": 0})
+    assert numbers["mean_length"] == numbers["attention_shift"] == 0
