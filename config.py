@@ -56,8 +56,9 @@ class Config:
     model_dir: str = "models"  # checkpoint.pth.tar, BEST_checkpoint.pth.tar
     log_dir: str = "logs"  # one folder a run: TensorBoard events, log.jsonl, config.json
     print_freq: int = 50  # steps between two readings of loss, gradient norm and speed; each costs a synchronisation
+    checkpoint_minutes: float = 15.0  # how often an epoch is saved on its way; a run that is killed loses no more
     seed: int = 0  # weights, shuffling, dropout
-    precision: str = "auto"  # of training: float32, bfloat16 (autocast), or auto: bfloat16 on a GPU that has it
+    precision: str = "auto"  # of training: float32; bfloat16 (autocast) where the hardware has it; auto: that on a GPU
     device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, ...
     workers: int = 4  # processes that read batches; 0 reads in the training process itself
     cache_features: bool = False  # run a frozen encoder once and keep its grids in data_dir: 262 KB a picture, fp16
@@ -66,7 +67,7 @@ class Config:
         at_least = dict(image_size=32, captions_per_image=1, max_len=1, min_word_freq=1, max_bad_images=0,
                         encoded_image_size=1, emb_dim=1, attention_dim=1, decoder_dim=1, dropout=0, epochs=1,
                         batch_size=1, encoder_lr=0, decoder_lr=0, grad_clip=0, alpha_c=0, lr_decay=0,
-                        lr_decay_epochs=1, early_stop_epochs=1, print_freq=1, seed=0, workers=0)
+                        lr_decay_epochs=1, early_stop_epochs=1, print_freq=1, checkpoint_minutes=0, seed=0, workers=0)
         at_most = dict(max_bad_images=1, dropout=1, lr_decay=1, image_size=4096, max_len=1000,
                        encoded_image_size=256, workers=256,
                        seed=2**32 - 1)  # epoch and rank are mixed in, within 64 bits

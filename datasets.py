@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import warnings
 from pathlib import Path
 
@@ -369,7 +370,8 @@ class BatchSampler(Sampler):
     """Row numbers of one epoch in global batches, of which each process takes its share.
 
     Training shuffles by (seed, epoch) and leaves out the last, incomplete batch; so the global batches do not depend
-    on the number of processes. Evaluation goes through all rows once, in order, none twice.
+    on the number of processes; `first` batches of an epoch that is gone on with are left out. Evaluation goes through
+    all rows once, in order, none twice.
 
     Args:
         n (int): rows. batch_size (int): pictures in a global batch. shuffle (bool): training.
@@ -378,7 +380,7 @@ class BatchSampler(Sampler):
 
     def __init__(self, n, batch_size, shuffle, seed=0, rank=0, world_size=1):
         self.n, self.batch_size, self.shuffle, self.seed = n, max(min(batch_size, n), 1), shuffle, seed
-        self.rank, self.world_size, self.epoch = rank, world_size, 0
+        self.rank, self.world_size, self.epoch, self.first = rank, world_size, 0, 0
         if shuffle and self.batch_size < world_size:
             raise UserError(f"a batch of {self.batch_size} pictures cannot be shared by {world_size} processes")
 
@@ -394,7 +396,7 @@ class BatchSampler(Sampler):
     def __iter__(self):
         if self.shuffle:
             order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch))
-            for start in self.starts():
+            for start in self.starts()[self.first:]:
                 yield order[start:start + self.batch_size][self.rank::self.world_size].tolist()
         else:
             for start in self.starts():
@@ -407,7 +409,8 @@ def make_loader(dataset, config, shuffle, rank=0, world_size=1):
     Args:
         dataset (CaptionDataset), config (Config), shuffle (bool): training; rank, world_size (int).
     Returns:
-        DataLoader of what CaptionDataset gives; its `sampler.epoch` chooses the permutation.
+        DataLoader of what CaptionDataset gives; its `sampler.epoch` chooses the permutation, `sampler.first` the batch
+        to begin with.
     Raises:
         UserError: an empty split.
     """
@@ -415,7 +418,14 @@ def make_loader(dataset, config, shuffle, rank=0, world_size=1):
         raise UserError(f"{dataset.path} holds no pictures")
     sampler = BatchSampler(len(dataset), config.batch_size, shuffle, config.seed, rank, world_size)
     return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=config.workers,
-                      pin_memory=torch.cuda.is_available(), persistent_workers=config.workers > 0)
+                      pin_memory=torch.cuda.is_available(), persistent_workers=config.workers > 0,
+                      worker_init_fn=leave_signals)
+
+
+def leave_signals(worker):
+    """Ctrl-C reaches all processes of a terminal; in those that read batches it means nothing, the main one decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,13 +2,13 @@
 
     python train.py                                       # one GPU, or the CPU
     torchrun --nproc_per_node=8 train.py                  # eight GPUs; batch_size counts the pictures of all of them
-    python train.py --resume                              # go on after the last whole epoch
+    python train.py --resume                              # go on from the last checkpoint, also within an epoch
     python train.py --resume --fine_tune_encoder true     # then train the encoder too
     python train.py --cache_features true                 # run the frozen encoder once, not in every epoch
 
-Writes models/checkpoint.pth.tar after every epoch, keeping the one before, and models/BEST_checkpoint.pth.tar after
-every best one, and logs/RUN/ with TensorBoard's events, log.jsonl (a line an epoch) and config.json (settings, command,
-versions).
+Writes models/checkpoint.pth.tar every `checkpoint_minutes`, after every epoch and when it is told to stop, keeping the
+one before; models/BEST_checkpoint.pth.tar after every best epoch; and logs/RUN/ with TensorBoard's events, log.jsonl (a
+line an epoch) and config.json (settings, command, versions). A run that goes on ends as if it had never been cut.
 
 Departures from the original, and why:
 - Pictures come in batches with all their captions: one pass of the encoder instead of five.
@@ -22,7 +22,9 @@ Departures from the original, and why:
 import itertools
 import json
 import math
+import os
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -43,18 +45,19 @@ from demo import draw_attention
 from eval import encode, generate, score, tokenize_references
 from models import build_models, caption_loss, pixel_positions
 from utils import (BEST_CHECKPOINT, CHECKPOINT, CHECKPOINT_VERSION, from_first_process, gather_lists, get_device,
-                   git_revision, init_distributed, keep_freed_memory, load_checkpoint, load_state, save_checkpoint,
-                   sum_over_processes)
+                   git_revision, init_distributed, keep_freed_memory, largest_of_processes, load_checkpoint,
+                   load_state, save_checkpoint, sum_over_processes)
 
 PICTURES_SHOWN = 4  # validation pictures drawn in TensorBoard after every epoch
 
 
 def main():
-    args = parse_args(__doc__, {"resume": dict(action="store_true", help="go on from the last whole epoch")})
+    args = parse_args(__doc__, {"resume": dict(action="store_true", help="go on from the last checkpoint")})
     config = get_config(args.preset, args.flags)
     path = Path(config.model_dir) / CHECKPOINT
     checkpoint = None
-    if args.resume:
+    # torchrun --max_restarts repeats the command as it was given.
+    if args.resume or (int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and path.exists()):
         checkpoint = load_checkpoint(path)
         config = get_config(flags=args.flags, trained=checkpoint["config"])
     elif path.exists():
@@ -75,19 +78,34 @@ def main():
 
     torch.manual_seed(config.seed)
     encoder, decoder = build_models(config, len(word_map), encoder_weights="none" if checkpoint else None)
-    state = dict(epoch=0, step=0, best_score=-math.inf, epochs_since_improvement=0,
-                 run=from_first_process(time.strftime("%Y%m%d-%H%M%S")))
+    # All that a run needs to go on, besides the weights: where it is, what it has summed up since the epoch began
+    # (totals) and since the last reading (recent), what it decides by, and the last entry of its log.
+    state = dict(epoch=0, batch=0, step=0, totals=[0.0] * 6, recent=[0.0] * 6, seconds=0.0, best_score=-math.inf,
+                 epochs_since_improvement=0, run=from_first_process(time.strftime("%Y%m%d-%H%M%S")), reading={},
+                 entry={}, batches=dict(pictures=len(train_set), batch_size=config.batch_size, seed=config.seed))
     if checkpoint:
         load_state(encoder, checkpoint["encoder"], path)
         load_state(decoder, checkpoint["decoder"], path)
-        state = {name: checkpoint[name] for name in state}
+        state.update((name, checkpoint[name]) for name in state if name != "batches")
         if config.fine_tune_encoder and not checkpoint["config"]["fine_tune_encoder"]:
             state["epochs_since_improvement"] = 0  # what stopped improving was the decoder alone
+        if state["batch"] and checkpoint["batches"] != state["batches"]:
+            print(f"other batches than in the run so far ({state['batches']}, not {checkpoint['batches']}): epoch "
+                  f"{state['epoch'] + 1} begins again")
+            state.update(batch=0, totals=[0.0] * 6, recent=[0.0] * 6, seconds=0.0)
+        if checkpoint["world_size"] != world_size and rank == 0:
+            print(f"{world_size} processes instead of {checkpoint['world_size']}: the same batches and sums; dropout "
+                  f"draws other numbers")
+    # The sums live on the device; what one process has saved counts once.
+    state["totals"], state["recent"] = (torch.tensor(state[name], dtype=torch.float64, device=device)
+                                        for name in ("totals", "recent"))
+    if rank > 0:
+        state["recent"].zero_()
     encoder, decoder = encoder.to(device), decoder.to(device)
     optimizers = make_optimizers(config, encoder, decoder)
     if checkpoint:
         resume_optimizers(optimizers, checkpoint, args.flags)
-    if world_size > 1 and device.type == "cuda":
+    if world_size > 1 and device.type == "cuda" and config.fine_tune_encoder:
         encoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
     # What sees the pictures; `encoder` is what is saved.
     eyes = encoder if config.fine_tune_encoder else encoder.folded()
@@ -97,40 +115,55 @@ def main():
         eyes = keep_features(valid_set, encoder, config, device, rank, world_size)
 
     folder = Path(config.log_dir) / state["run"]
-    writer = start_log(folder, config, state, checkpoint) if rank == 0 else None
+    writer = start_log(folder, config, state, checkpoint, len(train_loader), valid_set) if rank == 0 else None
     if rank == 0:
         print(f"{len(train_set)} training and {len(valid_set)} validation pictures, {len(word_map)} words; "
-              f"{config.encoder} ({config.encoder_weights}), {device} x {world_size}; rates: "
-              + ", ".join(f"{name} {rate:g}" for name, rate in rates(optimizers).items())
-              + ("" if config.fine_tune_encoder else ", encoder frozen") + f"; log: {folder}")
+              f"{config.encoder} ({config.encoder_weights}), {device} x {world_size}, {precision(config, device)}; "
+              "rates: " + ", ".join(f"{name} {rate:g}" for name, rate in rates(optimizers).items())
+              + ("" if config.fine_tune_encoder else ", encoder frozen") + f"; log: {folder}"
+              + (f"; going on at epoch {state['epoch'] + 1}, batch {state['batch'] + 1}" if checkpoint else ""))
 
+    def save(best=False):
+        recent = sum_over_processes(state["recent"].clone())
+        if rank > 0 or not recent.isfinite().all():  # the next reading will stop a run with such a loss
+            return
+        writer.flush()  # the log may be ahead of the checkpoint, but not behind
+        saved = dict(version=CHECKPOINT_VERSION, config=vars(config).copy(), word_map=word_map,
+                     encoder=encoder.state_dict(), decoder=decoder.state_dict(),
+                     optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+                     **{**state, "totals": state["totals"].tolist(), "recent": recent.tolist()},
+                     world_size=world_size, command=shlex.join(["python", *sys.argv]), git_revision=git_revision())
+        if best:
+            save_checkpoint(saved, path.with_name(BEST_CHECKPOINT))
+        save_checkpoint(saved, path)
+
+    pause = Pause(config.checkpoint_minutes, save)
     while state["epoch"] < config.epochs and state["epochs_since_improvement"] < config.early_stop_epochs:
-        # Seeded by the epoch, so that a resumed run draws what an uninterrupted one would have drawn.
-        torch.manual_seed((config.seed * 100_003 + state["epoch"]) * 1_009 + rank)
-        train_loader.sampler.epoch = state["epoch"]
-        training = train_one_epoch(*trained, optimizers, train_loader, config, state, writer)
-        validation, captions = validate(eyes, decoder, valid_loader, config, word_map)
+        training = train_one_epoch(*trained, optimizers, train_loader, config, state, writer, pause)
+        validation, captions = validate(eyes, decoder, valid_loader, config, word_map, pause)
         validation.update(from_first_process(
             score([caption["words"] for caption in captions], references) if rank == 0 else None))
 
         better = validation["CIDEr"] > state["best_score"]
-        state.update(epoch=state["epoch"] + 1, best_score=max(validation["CIDEr"], state["best_score"]),
+        for name in ("totals", "recent"):
+            state[name].zero_()
+        state.update(epoch=state["epoch"] + 1, batch=0, seconds=0.0,
+                     best_score=max(validation["CIDEr"], state["best_score"]),
                      epochs_since_improvement=0 if better else state["epochs_since_improvement"] + 1)
-        if rank == 0:
-            log_epoch(folder, writer, state, training, validation, rates(optimizers), better)
-            log_pictures(writer, state, config, valid_set, captions)
+        state["entry"] = dict(epoch=state["epoch"], step=state["step"], train=training, valid=validation,
+                              rates=rates(optimizers), best=better, reading=state["reading"],
+                              epochs_since_improvement=state["epochs_since_improvement"],
+                              pictures=[dict(row=caption["row"], words=caption["words"],
+                                             alphas=torch.from_numpy(caption["alphas"]))
+                                        for caption in captions[:PICTURES_SHOWN]])
         # Before the checkpoint is written: a rate that the user names on resuming is then the rate in force.
         if not better and state["epochs_since_improvement"] % config.lr_decay_epochs == 0:
             for group in (group for optimizer in optimizers.values() for group in optimizer.param_groups):
                 group["lr"] *= config.lr_decay
-        if rank == 0:
-            saved = dict(version=CHECKPOINT_VERSION, config=vars(config).copy(), word_map=word_map, **state,
-                         encoder=encoder.state_dict(), decoder=decoder.state_dict(),
-                         optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-                         scores=validation, command=shlex.join(["python", *sys.argv]), git_revision=git_revision())
-            if better:
-                save_checkpoint(saved, path.with_name(BEST_CHECKPOINT))
-            save_checkpoint(saved, path)
+        save(best=better)
+        if rank == 0:  # after the checkpoint, which brings the entry: a run that is killed here can log it again
+            log_entry(folder, writer, config, state["entry"], valid_set)
+            print(epoch_line(state["entry"]), flush=True)
     if rank == 0:
         reason = (f"no better score for {config.early_stop_epochs} epochs"
                   if state["epoch"] < config.epochs else f"all {config.epochs} epochs done")
@@ -141,8 +174,41 @@ def main():
         dist.destroy_process_group()
 
 
-def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer):
-    """One pass over the training pictures, each with all its captions.
+class Pause:
+    """Saves a run on its way: every so many minutes, and when it is asked to stop (SIGTERM, Ctrl-C), before it does.
+
+    To be called after every batch, by all processes alike.
+
+    Args:
+        minutes (float). save (function): writes the checkpoint.
+    """
+
+    def __init__(self, minutes, save):
+        self.seconds, self.save, self.since, self.signal = 60 * minutes, save, time.monotonic(), 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.remember)
+
+    def remember(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+
+    def __call__(self):
+        due = time.monotonic() - self.since > self.seconds
+        order = largest_of_processes(self.signal or -int(not due))  # a signal's number; 0: save; -1: go on
+        if order < 0:
+            return
+        self.save()
+        self.since = time.monotonic()
+        if order:
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                print(f"\nstopped by {signal.Signals(order).name}: all is saved, go on with --resume", file=sys.stderr)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            sys.exit(128 + order)
+
+
+def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer, pause):
+    """One pass over the training pictures, each with all its captions, or the rest of one.
 
     Losses are sums divided by the counts of the whole global batch, so they do not depend on how many processes share
     it. Nothing waits for the device but the readings every `print_freq` steps.
@@ -150,7 +216,8 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer)
     Args:
         encoder, decoder (nn.Module): wrapped for distributed training where there are several processes.
         optimizers (dict). loader (DataLoader). config (Config).
-        state (dict): its `step` counts the updates. writer (SummaryWriter or None): of the first process.
+        state (dict): `batch` batches of `epoch` are done; this, `step`, the sums and the last `reading` go on.
+        writer (SummaryWriter or None): of the first process. pause (Pause).
     Returns:
         dict: cross_entropy (nats a token), coverage (mean of (1 - sum of alpha)^2), loss, top5 (share of tokens),
         images_per_s (over all processes).
@@ -160,12 +227,15 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer)
     encoder.train()
     decoder.train()
     device = next(decoder.parameters()).device
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    totals = torch.zeros(6, dtype=torch.float64, device=device)  # what epoch_means takes, over the epoch
-    recent, unread, since = torch.zeros_like(totals), [], time.perf_counter()
-    started, steps = since, len(loader)
-    bar = tqdm(loader, desc=f"epoch {state['epoch'] + 1}", unit="batch", disable=writer is None)
-    for number, (images, captions, lengths, rows) in enumerate(bar, 1):
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    loader.sampler.epoch, loader.sampler.first = state["epoch"], state["batch"]
+    unread, steps, clock = [], len(loader), time.perf_counter()
+    before = state["seconds"]  # at the last reading
+    bar = tqdm(desc=f"epoch {state['epoch'] + 1}", unit="batch", total=steps, initial=state["batch"],
+               disable=writer is None)
+    for images, captions, lengths, rows in loader:
+        # Seeded by the step, so that dropout goes on as it would have, wherever a run was cut.
+        torch.manual_seed((config.seed * 1_000_003 + state["step"]) * 1_009 + rank)
         images, captions = images.to(device, non_blocking=True), captions.to(device, non_blocking=True)
         counts = counts_of(lengths).to(device, non_blocking=True)
         with mixed_precision(config, device):
@@ -178,35 +248,56 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer)
             optimizer.zero_grad()
         loss.backward()
 
-        reading = number % config.print_freq == 0 or number == steps
-        if reading:
+        number = state["batch"] + 1
+        is_read = number % config.print_freq == 0 or number == steps
+        if is_read:
             norm = torch.nn.utils.get_total_norm(p.grad for p in parameters(optimizers) if p.grad is not None)
         torch.nn.utils.clip_grad_value_(parameters(optimizers), config.grad_clip)
         for optimizer in optimizers.values():
             optimizer.step()
-        state["step"] += 1
 
-        recent += torch.stack([cross_entropy.detach(), coverage.detach(), top5_hits(scores.detach(), targets),
-                               *counts])
+        state["recent"] += torch.stack([cross_entropy.detach(), coverage.detach(),
+                                        top5_hits(scores.detach(), targets), *counts])
         unread.append((number, rows, loss.detach()))
-        if reading:
+        now = time.perf_counter()
+        state.update(batch=number, step=state["step"] + 1, seconds=state["seconds"] + now - clock)
+        clock = now
+        if is_read:
             check_finite(unread, state, loader.dataset)
-            totals += sum_over_processes(recent)
-            now = time.perf_counter()
-            means = epoch_means(recent, config, now - since)
-            recent, unread, since = torch.zeros_like(recent), [], now
-            if writer:
-                bar.set_postfix({name: f"{means[name]:.3g}" for name in ("loss", "top5", "images_per_s")})
-                for name, value in {**means, "gradient_norm": norm.item(), **rates(optimizers)}.items():
-                    writer.add_scalar(f"train/{name}", value, state["step"])
-    return epoch_means(totals, config, time.perf_counter() - started)
+            means = epoch_means(sum_over_processes(state["recent"]), config, state["seconds"] - before)
+            state["totals"] += state["recent"]
+            state["recent"].zero_()
+            unread, before = [], state["seconds"]
+            bar.set_postfix({name: f"{means[name]:.3g}" for name in ("loss", "top5", "images_per_s")})
+            state["reading"] = {**means, "gradient_norm": norm.item(), **rates(optimizers)}
+            if writer and number < steps:  # what belongs to an epoch's last step is logged with the epoch
+                log_scalars(writer, "train", state["reading"], state["step"])
+        bar.update()
+        pause()
+    bar.close()
+    return epoch_means(state["totals"], config, state["seconds"])
 
 
 def mixed_precision(config, device):
     """autocast to bfloat16 where config.precision asks for it; weights, their updates and the loss stay float32."""
-    wanted = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda"
-                                                and torch.cuda.is_bf16_supported(including_emulation=False))
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(config, device) == "bfloat16")
+
+
+def precision(config, device):
+    """The type that training multiplies in: never bfloat16 where it would only be imitated, which is far slower.
+
+    Args:
+        config (Config). device (torch.device).
+    Returns:
+        str: float32 or bfloat16.
+    """
+    if config.precision == "float32" or (config.precision == "auto" and device.type == "cpu"):
+        return "float32"
+    if device.type == "cuda":
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16" if is_native else "float32"
 
 
 def counts_of(lengths):
@@ -234,17 +325,17 @@ def check_finite(unread, state, dataset):
         if not loss.isfinite():
             names = ", ".join(dataset.image_ids[row] for row in rows.tolist())
             raise UserError(f"the loss became {loss.item()} at epoch {state['epoch'] + 1}, step {number}, with the "
-                            f"pictures {names}; the last whole epoch is kept: --resume with lower rates, or look at "
+                            f"pictures {names}; the last checkpoint is kept: --resume with lower rates, or look at "
                             f"these pictures")
 
 
 @torch.no_grad()
-def validate(encoder, decoder, loader, config, word_map):
+def validate(encoder, decoder, loader, config, word_map, pause):
     """Teacher-forced loss and top-5 accuracy, and greedy captions, of every validation picture once.
 
     Args:
         encoder (Encoder), decoder (DecoderWithAttention): not wrapped. loader (DataLoader). config (Config).
-        word_map (dict)
+        word_map (dict). pause (Pause).
     Returns:
         dict: as of train_one_epoch.
         list of dict: the captions of all processes (see eval.generate), by row; alphas for the first few only.
@@ -263,6 +354,7 @@ def validate(encoder, decoder, loader, config, word_map):
             if caption["row"] >= PICTURES_SHOWN:
                 del caption["alphas"]
             generated.append(caption)
+        pause()
     means = epoch_means(sum_over_processes(totals), config, time.perf_counter() - started)
     return means, sorted(gather_lists(generated), key=lambda caption: caption["row"])
 
@@ -379,45 +471,69 @@ def parallel(module, is_trained, world_size):
 # The log
 
 
-def start_log(folder, config, state, checkpoint):
-    """Open or go on with a run's folder; what was logged after the checkpoint is dropped. Returns: SummaryWriter."""
+def start_log(folder, config, state, checkpoint, steps, dataset):
+    """Open or go on with a run's folder. What was logged after the checkpoint is dropped; what the checkpoint had
+    still to log is logged.
+
+    Args:
+        folder (Path). config (Config). state (dict). checkpoint (dict or None). steps (int): of an epoch.
+        dataset (CaptionDataset): of validation.
+    Returns:
+        SummaryWriter
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.jsonl"
-    if checkpoint and log.exists():
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(log, "".join(lines[:state["epoch"]]))  # a line an epoch
-    else:
+    log, entry = folder / "log.jsonl", state["entry"]
+    if not checkpoint or not log.exists():
         versions = dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__)
         write_text(folder / "config.json", json.dumps(dict(
             config=vars(config), command=shlex.join(["python", *sys.argv]), git_revision=git_revision(),
             versions=versions), indent=1))
-    return SummaryWriter(folder, purge_step=state["step"] + 1 if checkpoint else None)
+    if not checkpoint:
+        return SummaryWriter(folder)
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    if state["batch"]:
+        write_text(log, "".join(lines[:state["epoch"]]))  # a line an epoch
+        return SummaryWriter(folder, purge_step=state["step"] + (state["batch"] < steps))
+    # The checkpoint of a whole epoch is written before its log.
+    write_text(log, "".join(lines[:max(state["epoch"] - 1, 0)]))
+    writer = SummaryWriter(folder, purge_step=entry.get("step", 0))
+    if entry:
+        log_entry(folder, writer, config, entry, dataset)
+    return writer
 
 
-def log_epoch(folder, writer, state, training, validation, rates, better):
-    """One line in log.jsonl, one on the screen, and the epoch's scalars."""
-    entry = dict(epoch=state["epoch"], step=state["step"], train=training, valid=validation, rates=rates, best=better,
-                 epochs_since_improvement=state["epochs_since_improvement"])
+def log_entry(folder, writer, config, entry, dataset):
+    """A line in log.jsonl, the epoch's scalars, and a few validation pictures with their captions and attention.
+
+    Args:
+        entry (dict): epoch, step, train, valid, rates, best, epochs_since_improvement; reading: of its last step;
+        pictures: list of dict(row, words, alphas).
+    """
+    line = {name: value for name, value in entry.items() if name not in ("reading", "pictures")}
     with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
-    for name, value in validation.items():
-        writer.add_scalar(f"valid/{name}", value, state["step"])
-    for name, value in training.items():
-        writer.add_scalar(f"epoch/{name}", value, state["step"])
-    print(f"epoch {state['epoch']}: train loss {training['loss']:.3f}, top-5 {training['top5']:.1%}, "
-          f"{training['images_per_s']:.1f} images/s; valid loss {validation['loss']:.3f}, top-5 "
-          f"{validation['top5']:.1%} (teacher-forced), BLEU-4 {validation['BLEU-4']:.4f}, CIDEr "
-          f"{validation['CIDEr']:.4f} (generated, greedy){'  best' if better else ''}", flush=True)
-
-
-def log_pictures(writer, state, config, dataset, captions):
-    """A few validation pictures with the caption and its attention, in TensorBoard."""
+        file.write(json.dumps(line) + "\n")
+    for group, values in dict(train=entry["reading"], valid=entry["valid"], epoch=entry["train"]).items():
+        log_scalars(writer, group, values, entry["step"])
     positions = pixel_positions(config.image_size, config.encoded_image_size)
-    for caption in captions[:PICTURES_SHOWN]:
-        picture = Image.fromarray(dataset.images[caption["row"]])
-        writer.add_figure(f"attention/{caption['row']}",
-                          draw_attention(picture, caption["words"], caption["alphas"], positions), state["step"])
+    for shown in entry["pictures"]:
+        figure = draw_attention(Image.fromarray(dataset.images[shown["row"]]), shown["words"],
+                                shown["alphas"].numpy(), positions)
+        writer.add_figure(f"attention/{shown['row']}", figure, entry["step"])
     writer.flush()
+
+
+def log_scalars(writer, group, values, step):
+    for name, value in values.items():
+        writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def epoch_line(entry):
+    """An epoch for the screen. Args: entry (dict): see log_entry. Returns: str."""
+    training, validation = entry["train"], entry["valid"]
+    return (f"epoch {entry['epoch']}: train loss {training['loss']:.3f}, top-5 {training['top5']:.1%}, "
+            f"{training['images_per_s']:.1f} images/s; valid loss {validation['loss']:.3f}, top-5 "
+            f"{validation['top5']:.1%} (teacher-forced), BLEU-4 {validation['BLEU-4']:.4f}, CIDEr "
+            f"{validation['CIDEr']:.4f} (generated, greedy){'  best' if entry['best'] else ''}")
 
 
 if __name__ == "__main__":

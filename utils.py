@@ -20,7 +20,7 @@ from config import Config, UserError, get_config, replacing
 from datasets import check_word_map
 from models import build_models
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 CHECKPOINT, BEST_CHECKPOINT = "checkpoint.pth.tar", "BEST_checkpoint.pth.tar"
 PREVIOUS_CHECKPOINT = "checkpoint.previous.pth.tar"
 
@@ -74,7 +74,8 @@ def load_checkpoint(path, word_map_path=None):
     except Exception as error:  # torch.load raises whatever a broken file leads it to
         return load_original(path, word_map_path, (str(error).splitlines() or [type(error).__name__])[0])
     parts = dict(version=int, config=dict, word_map=dict, encoder=dict, decoder=dict, optimizers=dict, epoch=int,
-                 step=int, best_score=float, epochs_since_improvement=int, run=str)
+                 batch=int, step=int, totals=list, recent=list, seconds=float, best_score=float,
+                 epochs_since_improvement=int, run=str, reading=dict, entry=dict, batches=dict, world_size=int)
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), kind)
                                                    for name, kind in parts.items()):
         raise UserError(f"{path} is not a checkpoint of this repo: it lacks one of {', '.join(parts)}")
@@ -327,7 +328,8 @@ def init_distributed(device):
         return 0, 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # gloo for what lies in the processes' own memory: to agree on something then stops no GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -336,6 +338,15 @@ def sum_over_processes(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def largest_of_processes(number):
+    """The largest of all processes' numbers (int), in every process."""
+    if not dist.is_initialized():
+        return number
+    tensor = torch.tensor(number)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
 
 
 def from_first_process(value):

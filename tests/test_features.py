@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from matplotlib.figure import Figure
 from test_datasets import external_link, external_storage, replace, virtual
 
 import datasets
@@ -115,7 +116,7 @@ def run_training(folder, name, tiny_flags, monkeypatch, *flags):
                                       "--log_dir", str(output / "logs"), "--dropout", "0", *flags])
     with monkeypatch.context() as patch:
         patch.setattr(Encoder, "forward", lambda self, images: encoded.append(len(images)) or forward(self, images))
-        patch.setattr(train, "log_pictures", lambda *_: None)  # most of the time
+        patch.setattr(train, "draw_attention", lambda *_: Figure())  # most of the time
         train.main()
     log = next((output / "logs").iterdir()) / "log.jsonl"
     return load_checkpoint(output / "checkpoint.pth.tar"), list(map(json.loads, log.open())), sum(encoded)

@@ -1,0 +1,174 @@
+"""A run that was cut, anywhere and however often, ends as if it had not been: KILLS=30 pytest tests/test_resume.py"""
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, error_line, script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils import load_checkpoint
+
+KILLS = int(os.environ.get("KILLS", 4))
+# Six steps an epoch, two readings, dropout, all layers trained, and a checkpoint after every step.
+SETTINGS = dict(batch_size=2, epochs=3, print_freq=4, dropout=0.5, fine_tune_encoder="true", checkpoint_minutes=0,
+                early_stop_epochs=3, lr_decay_epochs=1)
+
+
+def flags(folder, **settings):
+    settings = {**SETTINGS, "model_dir": folder / "models", "log_dir": folder / "logs", **settings}
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+def start(*args, torchrun=()):
+    command = [sys.executable, *(["-m", "torch.distributed.run", *torchrun] if torchrun else []),
+               str(ROOT / "train.py"), *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                            start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_flags, tmp_path_factory):
+    """The folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    script("train.py", *tiny_flags, *flags(folder), check=0)
+    return folder
+
+
+def without_speed(values):
+    return {name: value for name, value in values.items() if name != "images_per_s"}
+
+
+def outcome(folder):
+    """All that two runs must agree in. Returns: tensors by name, log lines, scalars by tag as (step, value)."""
+    checkpoint = load_checkpoint(folder / "models" / "checkpoint.pth.tar")
+    best = load_checkpoint(folder / "models" / "BEST_checkpoint.pth.tar")
+    run, = (folder / "logs").iterdir()
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for line in log:
+        line.update(train=without_speed(line["train"]), valid=without_speed(line["valid"]))
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)]
+               for tag in events.Tags()["scalars"] if not tag.endswith("images_per_s")}
+    pictures = {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+    state = {name: checkpoint[name] for name in ("epoch", "batch", "step", "best_score", "epochs_since_improvement",
+                                                 "optimizers", "encoder", "decoder")}
+    return dict(state=state, best={name: best[name] for name in ("epoch", "encoder", "decoder")}, log=log,
+                scalars=scalars, pictures=pictures)
+
+
+def assert_same(found, expected, where="", atol=0.0):
+    if isinstance(expected, torch.Tensor):
+        assert torch.allclose(found.double(), expected.double(), rtol=0, atol=atol), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_same(found[key], expected[key], f"{where}/{key}", atol)
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), where
+        for i, (x, y) in enumerate(zip(found, expected)):
+            assert_same(x, y, f"{where}/{i}", atol)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=0, abs=atol, nan_ok=True), where
+    else:
+        assert found == expected, where
+
+
+def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(whole, tiny_flags, tmp_path):
+    """Half of the kills by SIGKILL, most of them while a checkpoint is written, as that is most of what it does."""
+    rng, killed, resume = random.Random(KILLS), 0, []
+    while killed < KILLS:
+        process = start(*resume, *tiny_flags, *flags(tmp_path))
+        while "training and" not in (line := process.stdout.readline()):
+            assert line, "it ended before it began"
+        time.sleep(rng.uniform(0, 1.5))
+        process.send_signal(rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)))
+        code = process.wait(timeout=60)
+        assert code in (-signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT, 0)
+        process.stdout.close()
+        killed += code != 0
+        if code == 0:  # it was done: all over again
+            assert_same(outcome(tmp_path), outcome(whole))
+            shutil.rmtree(tmp_path / "models")
+            shutil.rmtree(tmp_path / "logs")
+        # A run that was killed before its first checkpoint has nothing to go on from, and says so.
+        resume = ["--resume"] if (tmp_path / "models" / "checkpoint.pth.tar").exists() else []
+        if not resume:
+            shutil.rmtree(tmp_path / "logs", ignore_errors=True)
+    script("train.py", *resume, *tiny_flags, *flags(tmp_path), check=0)
+    assert_same(outcome(tmp_path), outcome(whole))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_told_to_stop_saves_before_it_does(tiny_flags, tmp_path, number):
+    """Without a checkpoint on the way; so the one that is there is that of the signal."""
+    process = start(*tiny_flags, *flags(tmp_path, checkpoint_minutes=60, epochs=50, early_stop_epochs=50))
+    while "training and" not in process.stdout.readline():
+        pass
+    time.sleep(1)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number
+    process.stdout.close()
+    checkpoint = load_checkpoint(tmp_path / "models" / "checkpoint.pth.tar")
+    assert checkpoint["step"] == 6 * checkpoint["epoch"] + checkpoint["batch"] > 0
+
+
+def test_other_batches_begin_the_epoch_again_and_say_so(tiny_flags, tmp_path):
+    process = start(*tiny_flags, *flags(tmp_path))
+    path = tmp_path / "models" / "checkpoint.pth.tar"
+    for _ in itertools.takewhile(lambda _: not path.exists(), range(600)):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    before = load_checkpoint(path)
+    assert before["batch"] > 0
+    result = script("train.py", "--resume", *tiny_flags, *flags(tmp_path, batch_size=3), check=0)
+    assert f"epoch {before['epoch'] + 1} begins again" in result.stdout
+    lines = [json.loads(line) for line in next((tmp_path / "logs").iterdir()).joinpath("log.jsonl").open()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_a_run(tiny_flags, tmp_path, processes):
+    """2 and 4 processes end where one does, but for rounding; without dropout, which each draws for itself."""
+    settings = dict(dropout=0.0, batch_size=4, fine_tune_encoder="false", epochs=2)
+    script("train.py", *tiny_flags, *flags(tmp_path / "one", **settings), check=0)
+    process = start(*tiny_flags, *flags(tmp_path / "many", **settings),
+                    torchrun=["--standalone", f"--nproc_per_node={processes}"])
+    assert process.wait(timeout=240) == 0
+    process.stdout.close()
+    one, many = outcome(tmp_path / "one"), outcome(tmp_path / "many")
+    for part in ("state", "log"):
+        assert_same(many[part], one[part], part, atol=1e-5)
+
+
+def test_a_worker_that_dies_is_started_again_and_the_run_ends_the_same(tiny_flags, tmp_path):
+    """torchrun takes the others down, starts all anew, and they go on from the last checkpoint."""
+    settings = dict(dropout=0.0, batch_size=4, fine_tune_encoder="false", epochs=6, early_stop_epochs=6)
+    script("train.py", *tiny_flags, *flags(tmp_path / "one", **settings), check=0)
+    process = start(*tiny_flags, *flags(tmp_path / "two", **settings),
+                    torchrun=["--standalone", "--nproc_per_node=2", "--max_restarts=1"])
+    path = tmp_path / "two" / "models" / "checkpoint.pth.tar"
+    for _ in itertools.takewhile(lambda _: not path.exists(), range(1200)):
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0 and "going on at epoch" in output
+    assert_same(outcome(tmp_path / "two")["state"], outcome(tmp_path / "one")["state"], atol=1e-5)
+
+
+def test_a_run_that_is_there_is_not_begun_again(whole, tiny_flags):
+    before = (whole / "models" / "checkpoint.pth.tar").read_bytes()
+    refused = script("train.py", *tiny_flags, *flags(whole))
+    assert refused.returncode == 2 and "--resume" in error_line(refused.stderr)
+    assert (whole / "models" / "checkpoint.pth.tar").read_bytes() == before
