@@ -1,6 +1,7 @@
 """Caption a split by beam search and score the captions.
 
     python eval.py                                        # models/BEST_checkpoint.pth.tar on valid, beam 3
+    torchrun --nproc_per_node=4 eval.py                   # on four GPUs
     python eval.py --split test_a --beam_size 5 --results results.json
     python eval.py --official true                        # also as AI Challenger's evaluator scores; needs Java
     python eval.py --checkpoint BEST_checkpoint_.pth.tar --word_map WORDMAP.json    # a model of the original
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from config import UserError, boolean, parse_args, run
@@ -22,7 +24,7 @@ from datasets import (END, PAD, START, UNK, CaptionDataset, decode_caption, load
                       word_list, write_text)
 from models import beam_search, pixel_positions
 from scores import characters, meteor, official_scores, ptb_tokenize, score
-from utils import open_checkpoint
+from utils import gather_lists, init_distributed, open_checkpoint
 
 # Where the diagnosis warns. In a random pair of pictures hardly two deserve the same caption, and with ten captions in
 # equal use one pair in ten would have it, however many pictures there are. Few pictures prove nothing.
@@ -48,23 +50,28 @@ def main():
     # A model of the original has another word map than the data; of these only pictures and raw captions count here.
     data_words = load_word_map(config.data_dir) if args.word_map else checkpoint["word_map"]
     dataset = CaptionDataset(config, args.split, data_words)
-    loader = make_loader(dataset, config, shuffle=False)
+    rank, world_size = init_distributed(device)
+    loader = make_loader(dataset, config, False, rank, world_size)
     scenes_path = Path(config.data_dir) / "scenes.json"
     scenes = json.loads(scenes_path.read_text(encoding="utf-8")) if scenes_path.exists() else {}
     positions = pixel_positions(config.image_size, config.encoded_image_size)
-    captions, courses = [], []
-    measures = []  # of each caption: whether it is true; words that attention hit, words, hits by chance
-    for images, _, _, rows in tqdm(loader, desc=f"caption {args.split}", unit="batch"):
+    captions = []
+    for images, _, _, rows in tqdm(loader, desc=f"caption {args.split}", unit="batch", disable=rank > 0):
         batch = generate(decoder, encode(encoder, images.to(device)), rows, config, checkpoint["word_map"],
                          args.beam_size)
         for caption in batch:
             alphas = caption.pop("alphas")
-            courses.append(attention_course(alphas, positions))
+            caption["course"] = attention_course(alphas, positions)
             scene = scenes.get(dataset.image_ids[caption["row"]])
-            if scene:
-                measures.append((is_true("".join(caption["words"]), scene),
-                                 *attention_peak_hits(caption["words"], alphas, positions, scene)))
+            if scene:  # whether it is true; words that attention hit, words, hits by chance
+                caption["measures"] = (is_true("".join(caption["words"]), scene),
+                                       *attention_peak_hits(caption["words"], alphas, positions, scene))
         captions += batch
+    captions = sorted(gather_lists(captions), key=lambda caption: caption["row"])
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank > 0:
+        return
 
     # A model of the original may write the full stop, which the references lack.
     words = [[word for word in caption["words"] if word != "。"] for caption in captions]
@@ -88,11 +95,12 @@ def main():
         except UserError as error:
             print(f"no official scores: {error}")
     scores["unfinished_captions"] = sum(not caption["ended"] for caption in captions)
+    measures = [caption["measures"] for caption in captions if "measures" in caption]
     if measures:
         true, hits, named, chance = (sum(column) for column in zip(*measures))
         scores.update(true_captions=true / len(measures), attention_in_box=hits / max(named, 1),
                       attention_in_box_by_chance=chance / max(named, 1))
-    diagnosis, faults = diagnose(words, courses, checkpoint["word_map"])
+    diagnosis, faults = diagnose(words, [caption["course"] for caption in captions], checkpoint["word_map"])
     for name, value in {**scores, **diagnosis}.items():
         print(f"{name:>26} {value:.4f}" if isinstance(value, float) else f"{name:>26} {value}")
     for fault in faults:

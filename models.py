@@ -165,9 +165,9 @@ class Attention(nn.Module):
 class Energy(torch.autograd.Function):
     """Eq. 4, e = f_att(a, h) = weight . relu(key of a + query of h), without holding its hidden layer (B, K, P, A).
 
-    On a CPU the layer is made picture by picture in a buffer that stays in the cache; the backward pass makes it again
-    instead of having kept it. keys (B, P, A), query (B, K, A), weight (A,), counts (list of B int: how many of each
-    picture's K captions are open, the first ones; the energies of the others are 0) -> energy (B, K, P).
+    On a CPU the layer is made for so few pictures at a time that it stays in the cache; the backward pass makes it
+    again instead of having kept it. keys (B, P, A), query (B, K, A), weight (A,), counts (list of B int: how many of
+    each picture's K captions are open, the first ones; the energies of the others mean nothing) -> energy (B, K, P).
     """
 
     @staticmethod
@@ -198,12 +198,12 @@ class Energy(torch.autograd.Function):
         """relu(key + query), part by part. Yields: (pictures, captions) as slices, (b, k, P, A), overwritten by the
         next."""
         (B, P, A), K = keys.shape, query.shape[1]
-        b = 1 if keys.device.type == "cpu" else B
+        b = min(max(2**19 // (K * P * A), 1), B) if keys.device.type == "cpu" else B
         buffer = keys.new_empty(b * K * P * A)
         for start in range(0, B, b):
             pictures, k = slice(start, start + b), max(counts[start:start + b])
             if k:
-                hidden = buffer[:b * k * P * A].view(b, k, P, A)
+                hidden = buffer[:len(keys[pictures]) * k * P * A].view(-1, k, P, A)
                 torch.add(keys[pictures].unsqueeze(1), query[pictures, :k].unsqueeze(2), out=hidden).relu_()
                 yield (pictures, slice(k)), hidden
 

@@ -141,6 +141,7 @@ def main():
     while state["epoch"] < config.epochs and state["epochs_since_improvement"] < config.early_stop_epochs:
         training = train_one_epoch(*trained, optimizers, train_loader, config, state, writer, pause)
         validation, captions = validate(eyes, decoder, valid_loader, config, word_map, pause)
+        pause()
         validation.update(from_first_process(
             score([caption["words"] for caption in captions], references) if rank == 0 else None))
 
@@ -177,20 +178,23 @@ def main():
 class Pause:
     """Saves a run on its way: every so many minutes, and when it is asked to stop (SIGTERM, Ctrl-C), before it does.
 
-    To be called after every batch, by all processes alike.
+    To be called after every batch, by all processes alike: they agree on what to do.
 
     Args:
         minutes (float). save (function): writes the checkpoint.
     """
 
     def __init__(self, minutes, save):
-        self.seconds, self.save, self.since, self.signal = 60 * minutes, save, time.monotonic(), 0
+        self.seconds, self.save, self.since, self.signal, self.asked = 60 * minutes, save, time.monotonic(), 0, 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.remember)
 
     def remember(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+        if not self.signal:
+            self.signal, self.asked = number, time.monotonic()
+        elif time.monotonic() > self.asked + 10:  # Ctrl-C comes from the terminal and from torchrun, both meaning one
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def __call__(self):
         due = time.monotonic() - self.since > self.seconds
@@ -200,8 +204,9 @@ class Pause:
         self.save()
         self.since = time.monotonic()
         if order:
+            largest_of_processes(order)  # until the first one has saved, as torchrun kills all when one ends
             if not dist.is_initialized() or dist.get_rank() == 0:
-                print(f"\nstopped by {signal.Signals(order).name}: all is saved, go on with --resume", file=sys.stderr)
+                print(f"\nstopped by {signal.Signals(order).name}: go on with --resume", file=sys.stderr)
             if dist.is_initialized():
                 dist.destroy_process_group()
             sys.exit(128 + order)
@@ -354,7 +359,8 @@ def validate(encoder, decoder, loader, config, word_map, pause):
             if caption["row"] >= PICTURES_SHOWN:
                 del caption["alphas"]
             generated.append(caption)
-        pause()
+        if not dist.is_initialized():  # processes have different numbers of batches
+            pause()
     means = epoch_means(sum_over_processes(totals), config, time.perf_counter() - started)
     return means, sorted(gather_lists(generated), key=lambda caption: caption["row"])
 
