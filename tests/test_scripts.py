@@ -3,12 +3,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_line, files_under, script
+from conftest import error_line, files_under, script
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -372,28 +371,6 @@ def test_without_a_gpu_asking_for_one_is_a_clear_error(tiny_flags, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     fails(script("train.py", *tiny_flags, "--device", "cuda", "--model_dir", tmp_path), "--device cuda")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes
-
-
-def test_two_processes_give_the_losses_of_one(tiny, tiny_flags, tmp_path):
-    """The same global batches, so the same loss curve; without dropout, whose masks each process draws for itself."""
-    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]}
-    curves = []
-    for name, launcher in launchers.items():
-        command = [sys.executable, *launcher, "train.py", *tiny_flags, "--dropout", "0", "--model_dir",
-                   str(tmp_path / name), "--log_dir", str(tmp_path / name / "logs")]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr
-        log = run_folder(tmp_path / name) / "log.jsonl"
-        curves.append([json.loads(line) for line in log.read_text().splitlines()])
-    assert len(curves[0]) == len(curves[1]) == 2
-    for one, two in zip(*curves):
-        for part, name in (("train", "loss"), ("train", "cross_entropy"), ("train", "coverage"), ("train", "top5"),
-                           ("valid", "loss"), ("valid", "CIDEr"), ("valid", "BLEU-4")):
-            assert two[part][name] == pytest.approx(one[part][name], rel=1e-5), (part, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
