@@ -16,11 +16,13 @@ matrix product, and the bytes that its products and convolutions read and write,
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -210,7 +212,7 @@ def eval_case(side, device, encoder, beam_size=5, pictures=64):
     return turn, lambda: dict(captions=list(result))
 
 
-def preprocess_case(side, device, pictures=192, size=(1000, 700)):
+def preprocess_case(side, device, pictures=96, size=(1000, 700)):
     """Photograph-sized JPEGs from the disk into HDF5: in one process and decoded whole, or as pre_process.py does."""
     folder = tempfile.TemporaryDirectory()
     root = Path(folder.name)
@@ -221,8 +223,9 @@ def preprocess_case(side, device, pictures=192, size=(1000, 700)):
     word_map = make_word_map(10)
     source = dict(folder=root, image_ids=names, captions=[["w1"]] * pictures, empty=0, extra=0, no_caption=0)
     path = root / "train.h5"
-    workers = ProcessPoolExecutor()
-    list(workers.map(str, range(64)))  # started before the clock is
+    workers = ProcessPoolExecutor() if side == "product" else None
+    if workers:
+        list(workers.map(str, range(64)))  # started before the clock is
 
     def turn():
         path.unlink(missing_ok=True)
@@ -238,6 +241,7 @@ def preprocess_case(side, device, pictures=192, size=(1000, 700)):
     def agreed():
         with h5py.File(path) as file:
             return dict(pixels=file["images"][:])
+    agreed.folder = folder  # which lasts as long as this
     return turn, agreed
 
 
@@ -256,8 +260,21 @@ CASES = {
 
 
 def serve(connection, make, side, device):
-    """A side's process: a turn whenever asked. Sends (seconds, bytes of memory or None); at last what was agreed."""
-    device = torch.device(device)
+    """A side's process: a turn whenever asked. Sends (seconds, bytes of memory or None); at last what was agreed.
+
+    What goes wrong is sent in the place of the answer, and ends the benchmark.
+    """
+    try:
+        answer(connection, make, side, torch.device(device))
+    except Exception:
+        connection.send(traceback.format_exc())
+    finally:
+        for process in multiprocessing.active_children():  # a pool's, which would be waited for
+            process.kill()
+        os._exit(0)
+
+
+def answer(connection, make, side, device):
     if side == "product":
         keep_freed_memory()  # as train.py does
     turn, agreed = make(side, device)
@@ -330,20 +347,13 @@ def compare(name, make, device, rounds, sides=("reference", "product")):
     try:
         for number in range(rounds + 1):
             for side in sides:
-                ends[side].send("turn")
-                taken, held[side] = ends[side].recv()
+                taken, held[side] = ask(ends[side], "turn")
                 if number:
                     seconds[side].append(taken)
         operations, traffic = 0, 0
         if name != "preprocess":
-            ends["product"].send("count")
-            operations, traffic = ends["product"].recv()
-        results = {}
-        for side in sides:
-            ends[side].send("stop")
-            results[side] = ends[side].recv()
-    except EOFError:
-        raise UserError(f"{name}: the process of the {side} died; what it said stands above") from None
+            operations, traffic = ask(ends["product"], "count")
+        results = {side: ask(ends[side], "stop") for side in sides}
     finally:
         for process in processes:
             process.join(timeout=10)
@@ -351,6 +361,15 @@ def compare(name, make, device, rounds, sides=("reference", "product")):
     if len(sides) == 2:
         check(name, *results.values())
     return dict(seconds=seconds, memory=held, operations=operations, bytes=traffic)
+
+
+def ask(connection, order):
+    """A side's answer to an order. Raises: RuntimeError: what went wrong there."""
+    connection.send(order)
+    answer = connection.recv()
+    if isinstance(answer, str):
+        raise RuntimeError(answer)
+    return answer
 
 
 def check(name, expected, found):
@@ -367,7 +386,7 @@ def check(name, expected, found):
         limits = {"train_frozen_bf16": (1e-2, 1e-1), "train_kept_features": (1e-3, 1e-2)}.get(name, (1e-5, 1e-4))
         right = loss < limits[0] and gradient < limits[1]
         what = f"loss by {loss:.1e}, gradient by {gradient:.1e}"
-    print(f"  {name}: both sides agree ({what})" if right else f"  {name}: the sides differ ({what})", flush=True)
+    print(f"{name}: both sides {'agree' if right else 'differ'} ({what})", file=sys.stderr, flush=True)
     if not right:
         raise UserError(f"{name}: the product does not give what the reference gives: {what}")
 
