@@ -1,9 +1,10 @@
 # make sample   the whole pipeline on the sample set, from nothing to images/out_*.jpg
 # make test     lint and the whole test suite
+# make fuzz     20,000 damaged and hostile files into the scripts: an hour or two
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: sample test
+.PHONY: sample test fuzz
 
 sample: .venv/installed data/sample/scenes.json
 	$(BIN)/python pre_process.py --preset sample
@@ -14,6 +15,9 @@ sample: .venv/installed data/sample/scenes.json
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q
+
+fuzz: .venv/installed
+	$(BIN)/python tests/fuzz.py --inputs 20000
 
 data/sample/scenes.json: | .venv/installed
 	$(BIN)/python data/sample.py

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from config import UserError, boolean, parse_args, run
-from data.sample import attention_peak_hits, is_true
+from data.sample import attention_peak_hits, is_true, read_scenes
 from datasets import (END, PAD, START, UNK, CaptionDataset, decode_caption, load_word_map, make_loader, tokenize,
                       word_list, write_text)
 from models import beam_search, pixel_positions
@@ -50,7 +50,7 @@ def main():
     dataset = CaptionDataset(config, args.split, data_words)
     loader = make_loader(dataset, config, shuffle=False)
     scenes_path = Path(config.data_dir) / "scenes.json"
-    scenes = json.loads(scenes_path.read_text(encoding="utf-8")) if scenes_path.exists() else {}
+    scenes = read_scenes(scenes_path) if scenes_path.exists() else {}
     positions = pixel_positions(config.image_size, config.encoded_image_size)
     captions, courses = [], []
     measures = []  # of each caption: whether it is true; words that attention hit, words, hits by chance

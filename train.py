@@ -42,9 +42,9 @@ from datasets import (CaptionDataset, features_key, load_word_map, make_loader, 
 from demo import draw_attention
 from eval import encode, generate, score, tokenize_references
 from models import build_models, caption_loss, pixel_positions
-from utils import (BEST_CHECKPOINT, CHECKPOINT, CHECKPOINT_VERSION, from_first_process, gather_lists, get_device,
-                   git_revision, init_distributed, keep_freed_memory, load_checkpoint, load_state, save_checkpoint,
-                   sum_over_processes)
+from utils import (BEST_CHECKPOINT, CHECKPOINT, CHECKPOINT_VERSION, check_sizes, from_first_process, gather_lists, get_device,
+                   git_revision, init_distributed, keep_freed_memory, load_checkpoint, load_optimizer, load_state,
+                   save_checkpoint, sum_over_processes)
 
 PICTURES_SHOWN = 4  # validation pictures drawn in TensorBoard after every epoch
 
@@ -73,6 +73,8 @@ def main():
     if not any(valid_set.raw_captions):
         raise UserError(f"{valid_set.path} has no captions to choose the best checkpoint by")
 
+    if checkpoint:
+        check_sizes(checkpoint, config, path)
     torch.manual_seed(config.seed)
     encoder, decoder = build_models(config, len(word_map), encoder_weights="none" if checkpoint else None)
     state = dict(epoch=0, step=0, best_score=-math.inf, epochs_since_improvement=0,
@@ -86,7 +88,7 @@ def main():
     encoder, decoder = encoder.to(device), decoder.to(device)
     optimizers = make_optimizers(config, encoder, decoder)
     if checkpoint:
-        resume_optimizers(optimizers, checkpoint, args.flags)
+        resume_optimizers(optimizers, checkpoint, args.flags, path)
     if world_size > 1 and device.type == "cuda":
         encoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
     # What sees the pictures; `encoder` is what is saved.
@@ -351,11 +353,11 @@ def make_optimizers(config, encoder, decoder):
     return optimizers
 
 
-def resume_optimizers(optimizers, checkpoint, flags):
+def resume_optimizers(optimizers, checkpoint, flags, path):
     """Load what the checkpoint knows of each optimizer; a rate that the user names now takes its place."""
     for name, optimizer in optimizers.items():
         if name in checkpoint["optimizers"]:
-            optimizer.load_state_dict(checkpoint["optimizers"][name])
+            load_optimizer(optimizer, checkpoint["optimizers"][name], path)
         if f"{name}_lr" in flags:
             for group in optimizer.param_groups:
                 group["lr"] = flags[f"{name}_lr"]
@@ -384,7 +386,7 @@ def start_log(folder, config, state, checkpoint):
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.jsonl"
     if checkpoint and log.exists():
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         write_text(log, "".join(lines[:state["epoch"]]))  # a line an epoch
     else:
         versions = dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__)

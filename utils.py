@@ -73,23 +73,40 @@ def load_checkpoint(path, word_map_path=None):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken file leads it to
         return load_original(path, word_map_path, (str(error).splitlines() or [type(error).__name__])[0])
-    parts = dict(version=int, config=dict, word_map=dict, encoder=dict, decoder=dict, optimizers=dict, epoch=int,
-                 step=int, best_score=float, epochs_since_improvement=int, run=str)
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), kind)
-                                                   for name, kind in parts.items()):
-        raise UserError(f"{path} is not a checkpoint of this repo: it lacks one of {', '.join(parts)}")
+    for name, is_right in FIELDS.items():
+        if not isinstance(checkpoint, dict) or name not in checkpoint or not is_right(checkpoint[name]):
+            raise UserError(f"{path} is not a checkpoint of this repo: it has no proper {name!r}")
     if checkpoint["version"] != CHECKPOINT_VERSION:
         raise UserError(f"{path} has version {checkpoint['version']}; this code reads {CHECKPOINT_VERSION}")
-    if Path(checkpoint["run"]).name != checkpoint["run"]:
-        raise UserError(f"{path} names a log folder outside --log_dir: {checkpoint['run']!r}")
     check_word_map(checkpoint["word_map"], path)
-    rows = getattr(checkpoint["decoder"].get("embedding.weight"), "shape", [None])[0]
+    rows = checkpoint["decoder"].get("embedding.weight", torch.empty(0)).shape[0]
     if rows != len(checkpoint["word_map"]):
         raise UserError(f"{path} contradicts itself: {len(checkpoint['word_map'])} words in its word map, {rows} in "
                         f"its decoder")
     if word_map_path and read_word_map(word_map_path) != checkpoint["word_map"]:
         raise UserError(f"{path} carries its own word map, and {word_map_path} is another: leave --word_map out")
     return checkpoint
+
+
+def is_count(value):
+    return type(value) is int and 0 <= value < 2**53
+
+
+def is_state_dict(value):
+    """Whether all are plain tensors, none larger than the part of the file that holds it: a few bytes can claim any."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and type(tensor) is torch.Tensor and tensor.layout is torch.strided
+        and tensor.device.type == "cpu" and not tensor.is_quantized
+        and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes() for name, tensor in value.items())
+
+
+# What a checkpoint must have, and what it must be.
+FIELDS = dict(
+    version=is_count, config=lambda value: isinstance(value, dict), word_map=lambda value: isinstance(value, dict),
+    encoder=is_state_dict, decoder=is_state_dict, optimizers=lambda value: isinstance(value, dict), epoch=is_count,
+    step=is_count, best_score=lambda value: type(value) is float and not math.isnan(value),
+    epochs_since_improvement=is_count,
+    run=lambda value: isinstance(value, str) and re.fullmatch(r"[\w-]{1,100}", value))  # a folder of --log_dir
 
 
 def way_back(path):
@@ -115,10 +132,47 @@ def load_models(checkpoint, config, device, source):
     Raises:
         UserError: the weights do not fit the architecture.
     """
+    check_sizes(checkpoint, config, source)
     encoder, decoder = build_models(config, len(checkpoint["word_map"]), encoder_weights="none")
     load_state(encoder, checkpoint["encoder"], source)
     load_state(decoder, checkpoint["decoder"], source)
     return encoder.folded().to(device), decoder.to(device).eval()
+
+
+def check_sizes(checkpoint, config, source):
+    """Raise UserError, naming `source`, where the weights do not fit the settings, before these take any memory."""
+    try:
+        with torch.device("meta"):
+            models = build_models(config, len(checkpoint["word_map"]), encoder_weights="none")
+    except RuntimeError as error:  # a size beyond 64 bits
+        raise UserError(f"{source} has settings that no model can have ({str(error).splitlines()[0]})") from None
+    for module, state in zip(models, (checkpoint["encoder"], checkpoint["decoder"])):
+        load_state(module, {name: tensor.to("meta") for name, tensor in state.items()}, source)
+
+
+def load_optimizer(optimizer, saved, source):
+    """Load what a checkpoint holds of an Adam: its rate and, of each parameter, the moments.
+
+    Args:
+        optimizer (Adam): of one group. saved: its state dict, if it is one. source: the checkpoint's path.
+    Raises:
+        UserError: it is none, or does not fit the parameters.
+    """
+    own = optimizer.state_dict()
+    parameters = optimizer.param_groups[0]["params"]
+    try:
+        rate, state = saved["param_groups"][0]["lr"], saved["state"]
+        fits = type(rate) in (int, float) and 0 <= rate < math.inf and all(
+            is_state_dict(moments) and {name: (tensor.shape, tensor.dtype) for name, tensor in moments.items()} == dict(
+                step=((), torch.float32), **dict.fromkeys(("exp_avg", "exp_avg_sq"), (parameters[number].shape,
+                                                                                      torch.float32)))
+            for number, moments in state.items())
+    except (TypeError, KeyError, IndexError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(f"what {source} holds of an optimizer does not fit its weights")
+    own["param_groups"][0]["lr"] = rate
+    optimizer.load_state_dict(dict(own, state=state))
 
 
 def load_state(module, state, source):
