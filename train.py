@@ -42,9 +42,9 @@ from datasets import (CaptionDataset, features_key, load_word_map, make_loader, 
 from demo import draw_attention
 from eval import encode, generate, score, tokenize_references
 from models import build_models, caption_loss, pixel_positions
-from utils import (BEST_CHECKPOINT, CHECKPOINT, CHECKPOINT_VERSION, check_sizes, from_first_process, gather_lists, get_device,
-                   git_revision, init_distributed, keep_freed_memory, load_checkpoint, load_optimizer, load_state,
-                   save_checkpoint, sum_over_processes)
+from utils import (BEST_CHECKPOINT, CHECKPOINT, CHECKPOINT_VERSION, check_sizes, from_first_process, gather_lists,
+                   get_device, git_revision, init_distributed, keep_freed_memory, load_checkpoint, load_optimizer,
+                   load_state, save_checkpoint, sum_over_processes)
 
 PICTURES_SHOWN = 4  # validation pictures drawn in TensorBoard after every epoch
 

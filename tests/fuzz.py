@@ -22,7 +22,6 @@ import resource
 import shutil
 import signal
 import stat
-import struct
 import sys
 import tempfile
 import time
@@ -141,7 +140,8 @@ def verdict(status, cpu, folder, outside, target, must):
         return "traceback"
     if code not in (0, 2) or (code == 2) != (len(lines) == 1):
         return f"exit code {code}, {len(lines)} error lines"
-    if code and (errors.splitlines()[-1] != lines[0] or not any(part in lines[0] for part in ("/", "--", "named above"))):
+    if code and (errors.splitlines()[-1] != lines[0]
+                 or not any(part in lines[0] for part in ("/", "--", "named above"))):
         return "the error is not one line that names a file or a flag"
     if snapshot(folder / "home") != outside or any((folder / "cwd").iterdir()):
         return "changed something outside its folders"
@@ -218,7 +218,7 @@ DAMAGES = (flip, flip, overwrite, truncate, drop, insert, swap, zeros, integer, 
 
 
 def damage(rng, content, ranges=()):
-    """Damage bytes, one to three times. Args: ranges: (begin, end) of what most of it should hit. Returns: bytes, str"""
+    """Damage bytes, one to three times. Args: ranges: (begin, end) of what most should hit. Returns: bytes, str"""
     data, notes = bytearray(content), []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if not data:
@@ -784,7 +784,8 @@ def resnet(rng, base, folder):
         whole = content.getvalue()
         content, note = damage(rng, whole, [(0, 3000), (0, len(whole)), (whole.index(b"PK\1\2"), len(whole))])
     target = put(folder / "out/resnet.pth", content)
-    return "train.py", [*settings(), *in_folders(folder), "--epochs", 1, "--encoder_weights", target], target, note, None
+    flags = [*settings(), *in_folders(folder), "--epochs", 1, "--encoder_weights", target]
+    return "train.py", flags, target, note, None
 
 
 def pickled(rng, base, folder):
@@ -815,7 +816,7 @@ KINDS = (picture, annotations, archive, split, split, features, word_map, report
 
 
 def try_one(number, seed, kinds, base, folder):
-    """Make the input with this number and call its script. Returns: kind, what is wrong ("" for nothing), what it was"""
+    """Make the input with this number and call its script. Returns: kind; what is wrong, or ""; what was done."""
     rng = random.Random(f"{seed} {number}")
     torch.manual_seed(number)
     kind = kinds[number % len(kinds)]
