@@ -170,8 +170,8 @@ def parse_args(description, own=None, argv=None):
 
 def run(main):
     """Run a script's main(); a user's mistake, or a file that the system refuses, becomes one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # a file's name, or a word, that is not text in the terminal's encoding
-        stream.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(AttributeError):  # a stream of another kind, such as a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")  # names and words that the terminal's encoding lacks
     try:
         main()
     except UserError as error:

@@ -68,6 +68,8 @@ def load_checkpoint(path, word_map_path=None):
                         f"{way_back(path)}")
     try:
         with zipfile.ZipFile(path) as file:  # torch.load compares no checksums: a flipped bit is another weight to it
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+                raise ValueError("compressed")  # never by torch.save; unpacking it could take for ever
             if (part := file.testzip()) is not None:
                 raise ValueError(f"the checksum of {part} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -93,11 +95,12 @@ def is_count(value):
 
 
 def is_state_dict(value):
-    """Whether all are plain tensors, none larger than the part of the file that holds it: a few bytes can claim any."""
+    """Whether all are plain, finite tensors, none larger than what the file holds of it: a few bytes can claim any."""
     return isinstance(value, dict) and all(
         isinstance(name, str) and type(tensor) is torch.Tensor and tensor.layout is torch.strided
         and tensor.device.type == "cpu" and not tensor.is_quantized
-        and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes() for name, tensor in value.items())
+        and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes() and bool(tensor.isfinite().all())
+        for name, tensor in value.items())
 
 
 # What a checkpoint must have, and what it must be.

@@ -216,6 +216,7 @@ def test_no_checkpoint(name, tmp_path, tiny_flags):
     (lambda c: c.update(epoch=True), "no proper 'epoch'"),
     (lambda c: c.update(best_score=float("nan")), "no proper 'best_score'"),
     (lambda c: c["decoder"].update({"fc.bias": "text"}), "no proper 'decoder'"),
+    (lambda c: c["decoder"]["fc.bias"].fill_(float("nan")), "no proper 'decoder'"),
     (lambda c: c["decoder"].update({"fc.weight": torch.zeros(1).expand(2**40, 2**20)}), "no proper 'decoder'"),
     (lambda c: c["decoder"].update({"fc.weight": torch.empty(2**40, 4, device="meta")}), "no proper 'decoder'"),
     (lambda c: c["encoder"].update({"resnet.0.weight": c["encoder"]["resnet.0.weight"].to_sparse()}), "'encoder'"),
