@@ -381,7 +381,8 @@ def digest_around(path, counts):
     """sha256 of a file without its user block and the numbers of it that `seal` names in `counts`. Returns: bytes."""
     begin, end, _ = np.frombuffer(counts, "<u8").tolist()
     data, digest = np.memmap(path, np.uint8, "r"), hashlib.sha256(counts)
-    digest.update(data[USER_BLOCK:begin])
+    digest.update(data[USER_BLOCK:USER_BLOCK + 20])
+    digest.update(data[USER_BLOCK + 24:begin])  # between them HDF5 notes that the file is open, or was when it died
     digest.update(data[end:])
     return digest.digest()
 
