@@ -161,8 +161,8 @@ def check_word_map(word_map, source):
             and all(type(number) is int for number in word_map.values())
             and sorted(word_map.values()) == list(range(len(word_map)))
             and word_map.get(PAD) == 0 and {UNK, START, END} <= word_map.keys()):
-        raise UserError(f"{source} is not, or does not have, a word map: word -> number, with <pad> 0, <unk>, <start> "
-                        f"and <end> (pre_process.py --overwrite makes WORDMAP.json again)")
+        raise UserError(f"{source} holds what is not a word map: word -> number, with <pad> 0, <unk>, <start> and "
+                        f"<end> (pre_process.py --overwrite makes WORDMAP.json again)")
     return word_map
 
 

@@ -150,7 +150,11 @@ def check_sizes(checkpoint, config, source):
     except RuntimeError as error:  # a size beyond 64 bits
         raise UserError(f"{source} has settings that no model can have ({str(error).splitlines()[0]})") from None
     for module, state in zip(models, (checkpoint["encoder"], checkpoint["decoder"])):
-        load_state(module, {name: tensor.to("meta") for name, tensor in state.items()}, source)
+        for name, weights in module.state_dict().items():
+            found = state[name].shape if name in state else None
+            if weights.ndim and found != weights.shape:  # some have no counts of batches
+                raise UserError(f"the weights in {source} are of another architecture than its settings say: {name} "
+                                f"is {found and [*found]}, not {[*weights.shape]}")
 
 
 def load_optimizer(optimizer, saved, source):

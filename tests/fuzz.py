@@ -504,7 +504,7 @@ def rewritten(rng, path):
             note = f"attribute {key} -> {value!r:.50}"
             try:
                 file.attrs[key] = value
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, AttributeError):
                 del file.attrs[key]
         elif how == "delete":
             del file[name]
@@ -525,7 +525,7 @@ def rewritten(rng, path):
             note += f" {dtype} {shape} {list(more)}"
             try:
                 file.create_dataset(name, shape, h5py.string_dtype() if dtype == "O" else dtype, **more)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, AttributeError):
                 note += " (none)"
         else:
             data = file[name]
