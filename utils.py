@@ -80,6 +80,10 @@ def load_checkpoint(path, word_map_path=None):
             raise UserError(f"{path} is not a checkpoint of this repo: it has no proper {name!r}")
     if checkpoint["version"] != CHECKPOINT_VERSION:
         raise UserError(f"{path} has version {checkpoint['version']}; this code reads {CHECKPOINT_VERSION}")
+    try:
+        get_config(trained=checkpoint["config"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     check_word_map(checkpoint["word_map"], path)
     rows = checkpoint["decoder"].get("embedding.weight", torch.empty(0)).shape[0]
     if rows != len(checkpoint["word_map"]):
@@ -147,8 +151,8 @@ def check_sizes(checkpoint, config, source):
     try:
         with torch.device("meta"):
             models = build_models(config, len(checkpoint["word_map"]), encoder_weights="none")
-    except RuntimeError as error:  # a size beyond 64 bits
-        raise UserError(f"{source} has settings that no model can have ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # a size beyond 64 bits
+        raise UserError(f"{source} has settings that no model can have ({' '.join(str(error).split())[:200]})") from None
     for module, state in zip(models, (checkpoint["encoder"], checkpoint["decoder"])):
         for name, weights in module.state_dict().items():
             found = state[name].shape if name in state else None
