@@ -152,7 +152,8 @@ def check_sizes(checkpoint, config, source):
         with torch.device("meta"):
             models = build_models(config, len(checkpoint["word_map"]), encoder_weights="none")
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # a size beyond 64 bits
-        raise UserError(f"{source} has settings that no model can have ({' '.join(str(error).split())[:200]})") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source} has settings that no model can have ({reason[:200]})") from None
     for module, state in zip(models, (checkpoint["encoder"], checkpoint["decoder"])):
         for name, weights in module.state_dict().items():
             found = state[name].shape if name in state else None

@@ -1,8 +1,8 @@
 """Damaged and hostile files into the four scripts: each must be used rightly or refused in one line, at once.
 
     python tests/fuzz.py                                  # 400 files; `make fuzz` tries 20,000
-    python tests/fuzz.py --seed 3 --only 1234             # one of them again; its folder is kept
     python tests/fuzz.py --kinds archive,checkpoint
+    python tests/fuzz.py --seed 3 --only 1234             # one again, of the same --kinds; its folder is kept
 
 Each file goes into the script's own main, in a process forked from one that has imported everything, with a small
 stand-in for torchvision's ResNet. A finding is: more than CPU_SECONDS; death by a signal; a traceback; an exit code
