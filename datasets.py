@@ -335,9 +335,9 @@ def open_split(path):
                 not captions.shape[:2] == file["caption_lengths"].shape == file["raw_captions"].shape:
             raise ValueError("shapes do not fit each other")
         lengths = file["caption_lengths"][:]
-        if len(lengths) and (lengths.min() < 0 or lengths.max() > captions.shape[2]):
+        if len(lengths) and (lengths.min() < 0 or lengths.max() > captions.shape[2] or (lengths == 1).any()):
             raise ValueError("caption lengths out of range")
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, OverflowError) as error:
         file.close()
         raise damaged(path, error) from None
     return file

@@ -68,8 +68,7 @@ def load_checkpoint(path, word_map_path=None):
                         f"{way_back(path)}")
     try:
         with zipfile.ZipFile(path) as file:  # torch.load compares no checksums: a flipped bit is another weight to it
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
-                raise ValueError("compressed")  # never by torch.save; unpacking it could take for ever
+            check_members(file, path)
             if (part := file.testzip()) is not None:
                 raise ValueError(f"the checksum of {part} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -323,8 +322,7 @@ def unpickle_original(path):
     with open(path, "rb") as file:
         if zipfile.is_zipfile(file):
             archive = zipfile.ZipFile(file)
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("compressed")  # never by torch.save; unpacked it could fill the memory
+            check_members(archive, path)
             folder, = (name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl"))
             unpickler = OriginalUnpickler(archive.open(f"{folder}data.pkl"))
             parts = unpickler.load()
@@ -339,7 +337,19 @@ def unpickle_original(path):
                 if int.from_bytes(file.read(8), "little") != length:
                     raise ValueError(f"storage {key!r} is not of {length} numbers")
                 content[key] = file.read(length * dtype.itemsize)
-    return parts, {key: (dtype, content[key]) for key, (dtype, _) in unpickler.storages.items()}
+    return parts, {key: (dtype, bytearray(content[key])) for key, (dtype, _) in unpickler.storages.items()}
+
+
+def check_members(archive, path):
+    """Raise ValueError where reading all of a file of torch.save would take more memory, or time, than its size says.
+
+    Args: archive (ZipFile). path (Path): of the file.
+    """
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("compressed")  # never by torch.save
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("parts lie upon each other")
 
 
 def module_state(module, storages):
@@ -352,8 +362,8 @@ def module_state(module, storages):
             dtype, content = storages[key]
             if math.prod(size) * dtype.itemsize > len(content):
                 raise ValueError(f"{name!r} is larger than its storage")
-            state[name] = torch.frombuffer(bytearray(content), dtype=dtype).as_strided(size, stride, offset)
-    for child, part in parts["_modules"].items():
+            state[name] = torch.frombuffer(content, dtype=dtype).as_strided(size, stride, offset)
+    for child, part in parts.pop("_modules").items():  # a part of two modules could stand for 2**100 of them
         state.update({f"{child}.{name}": tensor for name, tensor in module_state(part, storages).items()})
     return state
 

@@ -538,6 +538,8 @@ DAMAGE = {
     "a newer format": lambda file: file.attrs.update(format_version=99),
     "another word map": lambda file: file.attrs.update(word_map_digest="0" * 64),
     "lengths out of range": lambda file: file["caption_lengths"].write_direct(np.full((4, 5), 99, np.int32)),
+    "a start without an end": lambda file: file["caption_lengths"].write_direct(np.full((4, 5), 1, np.int32)),
+    "an infinite image size": lambda file: file.attrs.update(image_size=np.inf),
     "negative lengths": lambda file: file["caption_lengths"].write_direct(np.full((4, 5), -1, np.int32)),
     "ids out of range": lambda file: file["captions"].write_direct(np.full((4, 5, 42), 9999, np.int32)),
     "an id just out of range": a_word_too_many,
