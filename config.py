@@ -76,7 +76,9 @@ class Config:
             if field.type is float and type(value) is int:
                 continue
             if type(value) is not field.type:
-                raise UserError(f"--{field.name} must be {field.type.__name__}, not {value!r}")
+                raise UserError(f"--{field.name} must be {field.type.__name__}, not {value!r:.200}")
+            if field.type is str and not is_path(value):
+                raise UserError(f"--{field.name} cannot be {value!r:.200}")
         for name, bound in at_least.items():
             if not getattr(self, name) >= bound:
                 raise UserError(f"--{name} must be at least {bound}, not {getattr(self, name)}")
@@ -171,6 +173,8 @@ def parse_args(description, own=None, argv=None):
 
 def run(main):
     """Run a script's main(); a user's mistake, or a file that the system refuses, becomes one line and exit code 2."""
+    with contextlib.suppress(AttributeError):  # a stream of another kind, such as a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")  # names and words that the terminal's encoding lacks
     try:
         main()
     except UserError as error:
@@ -216,6 +220,14 @@ def replacing(path, size=0):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def is_path(text):
+    """Whether the system can be asked for a file of this name."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def boolean(text):

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import warnings
@@ -28,8 +29,9 @@ with warnings.catch_warnings():  # jieba warns of its own use of setuptools, whi
     warnings.simplefilter("ignore")
     import jieba
 
-FORMAT_VERSION = 1
-FEATURES_VERSION = 1  # to be raised too when Encoder gives other numbers for the same weights
+FORMAT_VERSION = 2
+FEATURES_VERSION = 2  # to be raised too when Encoder gives other numbers for the same weights
+USER_BLOCK = 512  # the smallest that HDF5 knows
 SYNC_ROWS = 2048  # kept features that a killed run may lose; seldom enough not to make the disk wait
 JIEBA_VERSION = jieba.__version__  # another version may cut words otherwise
 PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
@@ -156,11 +158,12 @@ def word_map_digest(word_map):
 def check_word_map(word_map, source):
     """Raise UserError, naming `source`, unless this is a dict of words to 0 .. V-1 with the four special tokens."""
     if not (isinstance(word_map, dict) and all(isinstance(word, str) for word in word_map)
+            and not re.search("[\ud800-\udfff]", "".join(word_map))  # halves of characters, which no file can hold
             and all(type(number) is int for number in word_map.values())
             and sorted(word_map.values()) == list(range(len(word_map)))
             and word_map.get(PAD) == 0 and {UNK, START, END} <= word_map.keys()):
-        raise UserError(f"{source} is not a word map (word -> number, with <pad> 0, <unk>, <start> and <end>): "
-                        f"python pre_process.py --overwrite makes it again")
+        raise UserError(f"{source} holds what is not a word map: word -> number, with <pad> 0, <unk>, <start> and "
+                        f"<end> (pre_process.py --overwrite makes WORDMAP.json again)")
     return word_map
 
 
@@ -313,7 +316,7 @@ def open_split(path):
     if not path.exists():
         raise UserError(f"{path} does not exist: run pre_process.py first")
     try:
-        file = h5py.File(path, "r")
+        file, _ = open_sealed(path)
     except OSError as error:
         raise damaged(path, error) from None
     try:
@@ -333,12 +336,56 @@ def open_split(path):
                 not captions.shape[:2] == file["caption_lengths"].shape == file["raw_captions"].shape:
             raise ValueError("shapes do not fit each other")
         lengths = file["caption_lengths"][:]
-        if len(lengths) and (lengths.min() < 0 or lengths.max() > captions.shape[2]):
+        if len(lengths) and (lengths.min() < 0 or lengths.max() > captions.shape[2] or (lengths == 1).any()):
             raise ValueError("caption lengths out of range")
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, OverflowError) as error:
         file.close()
         raise damaged(path, error) from None
     return file
+
+
+def seal(path, begin, end, done):
+    """Write what open_sealed compares into HDF5's user block, the bytes at the start that HDF5 leaves to its user.
+
+    Args:
+        path (Path): of a whole HDF5 file with a user block. begin, end (int): where in it the numbers lie that are too
+            many to be read each time. done (int): rows of these.
+    """
+    counts = np.array([begin, end, done], "<u8").tobytes()
+    content = counts + digest_around(path, counts)
+    with open(path, "r+b") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def open_sealed(path, mode="r"):
+    """Open a file that `seal` was called on, once nothing of it is seen to be damaged but, perhaps, those numbers.
+
+    HDF5 itself is not to be trusted with a damaged file: some it reads for ever, on some the process dies.
+
+    Args:
+        path (Path). mode (str): "r" or "r+".
+    Returns:
+        h5py.File; int: rows done.
+    Raises:
+        OSError: missing, damaged, or something else. BlockingIOError: another process is writing it.
+    """
+    with open(path, "rb") as file:
+        head = file.read(USER_BLOCK)
+    if len(head) < USER_BLOCK or head[24:56] != digest_around(path, head[:24]):
+        raise OSError("its checksum is wrong")
+    return h5py.File(path, mode), int.from_bytes(head[16:24], "little")
+
+
+def digest_around(path, counts):
+    """sha256 of a file without its user block and the numbers of it that `seal` names in `counts`. Returns: bytes."""
+    begin, end, _ = np.frombuffer(counts, "<u8").tolist()
+    data, digest = np.memmap(path, np.uint8, "r"), hashlib.sha256(counts)
+    digest.update(data[USER_BLOCK:USER_BLOCK + 20])
+    digest.update(data[USER_BLOCK + 24:begin])  # between them HDF5 notes that the file is open, or was when it died
+    digest.update(data[end:])
+    return digest.digest()
 
 
 def own_data(file, name, kind):
@@ -466,7 +513,7 @@ def open_features(path, key, shape, mode="r"):
         ValueError: what is wrong, in words that follow the path. BlockingIOError: another process is writing it.
     """
     try:
-        file = h5py.File(path, mode)
+        file, done = open_sealed(path, mode)
     except BlockingIOError:
         raise
     except OSError as error:
@@ -478,12 +525,10 @@ def open_features(path, key, shape, mode="r"):
                 what = {"encoder_digest": "encoder weights", "images_digest": "pictures"}.get(
                     name, f"{name} ({found}, not {value})")
                 raise ValueError(f"was made with other {what}")
-        for name, kind, expected in (("features", np.float16, shape), ("done", np.int64, (1,))):
-            data = own_data(file, name, kind)
-            offset = data.id.get_offset()  # None where chunked
-            if data.shape != expected or offset is None or offset + data.nbytes > path.stat().st_size:
-                raise ValueError(f"has no proper {name!r}")
-        done = int(data[0])
+        data = own_data(file, "features", np.float16)
+        offset = data.id.get_offset()  # None where chunked
+        if data.shape != shape or offset is None or offset + data.nbytes > path.stat().st_size:
+            raise ValueError("has no proper 'features'")
         if not (done == shape[0] if mode == "r" else 0 <= done <= shape[0]):
             raise ValueError(f"holds {done} of {shape[0]} pictures")
     except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
@@ -523,14 +568,14 @@ def start_features(path, key, shape):
         if file is None:
             with open(temporary, "xb") as raw:  # where a file so large cannot be, HDF5 would take the process with it
                 raw.truncate(size)
-            # Both data sets get their place at once and are not written, which leaves 0 in it.
+            # The data set gets its place at once and is not written.
             places = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
             places.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
             places.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-            with h5py.File(temporary, "w") as file:
+            with h5py.File(temporary, "w", userblock_size=USER_BLOCK) as file:
                 file.attrs.update(key)
-                file.create_dataset("done", (1,), np.int64, dcpl=places)
-                file.create_dataset("features", shape, np.float16, dcpl=places)
+                begin = file.create_dataset("features", shape, np.float16, dcpl=places).id.get_offset()
+            seal(temporary, begin, begin + size, 0)
             file, done = open_features(temporary, key, shape, "r+")
         return file, done
     except BlockingIOError:
@@ -549,19 +594,16 @@ def write_features(file, path, start, grid):
     Raises:
         UserError: the disk is full, or the like; what is done is kept for the next run.
     """
-    features, done, temporary = file["features"], file["done"], file.filename
-    stop = start + len(grid)
+    features, temporary = file["features"], file.filename
+    begin, stop = features.id.get_offset(), start + len(grid)
     try:
         with open(temporary, "r+b") as raw:
-            raw.seek(features.id.get_offset() + start * grid[0].nbytes)
+            raw.seek(begin + start * grid[0].nbytes)
             raw.write(grid.tobytes())
             if start // SYNC_ROWS < stop // SYNC_ROWS or stop == len(features):
                 raw.flush()
                 os.fsync(raw.fileno())  # before the count, which must not outlive the rows
-                raw.seek(done.id.get_offset())
-                raw.write(np.int64(stop).tobytes())
-                raw.flush()
-                os.fsync(raw.fileno())
+                seal(temporary, begin, begin + features.nbytes, stop)
         if stop == len(features):
             file.close()
             os.replace(temporary, path)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from config import UserError, boolean, parse_args, run
-from data.sample import attention_peak_hits, is_true
+from data.sample import attention_peak_hits, is_true, read_scenes
 from datasets import (END, PAD, START, UNK, CaptionDataset, decode_caption, load_word_map, make_loader, tokenize,
                       word_list, write_text)
 from models import beam_search, pixel_positions
@@ -53,7 +53,7 @@ def main():
     rank, world_size = init_distributed(device)
     loader = make_loader(dataset, config, False, rank, world_size)
     scenes_path = Path(config.data_dir) / "scenes.json"
-    scenes = json.loads(scenes_path.read_text(encoding="utf-8")) if scenes_path.exists() else {}
+    scenes = read_scenes(scenes_path) if scenes_path.exists() else {}
     positions = pixel_positions(config.image_size, config.encoded_image_size)
     captions = []
     for images, _, _, rows in tqdm(loader, desc=f"caption {args.split}", unit="batch", disable=rank > 0):

@@ -27,9 +27,9 @@ import numpy as np
 from tqdm import tqdm
 
 from config import UserError, get_config, parse_args, replacing, run
-from datasets import (FORMAT_VERSION, JIEBA_VERSION, PICTURE_SUFFIXES, BadPicture, build_word_map, check_attributes,
-                      encode_caption, load_word_map, need_space, open_split, read_image, tokenize,
-                      word_map_digest, write_text)
+from datasets import (FORMAT_VERSION, JIEBA_VERSION, PICTURE_SUFFIXES, USER_BLOCK, BadPicture, build_word_map,
+                      check_attributes, encode_caption, load_word_map, need_space, open_split, read_image, seal,
+                      tokenize, word_map_digest, write_text)
 
 # split: archive or folder, its folder of pictures, its annotations
 SPLITS = {
@@ -360,7 +360,7 @@ def write_split(pool, config, split, source, tokens, word_map, attributes):
         # HDF5 crashes where it cannot write what it holds back. So it begins in memory, the pixels are written without
         # it, and after them zeros, which give it all the disk that it will need.
         empty = io.BytesIO()
-        h5py.File(empty, "w").close()
+        h5py.File(empty, "w", userblock_size=USER_BLOCK).close()
         with open(temporary, "wb") as file:
             file.write(empty.getvalue().ljust(PIXELS_BEGIN, b"\0"))
             images = itertools.chain.from_iterable(ordered_map(pool, partial(read_chunk, image_size=side), chunks))
@@ -389,6 +389,7 @@ def write_split(pool, config, split, source, tokens, word_map, attributes):
                                     [source["captions"][i] for i in good], [tokens[i] for i in good], word_map)
             file.attrs.update(attributes, split=split, word_map_digest=word_map_digest(word_map),
                               images_digest=digest.hexdigest())
+        seal(temporary, PIXELS_BEGIN, PIXELS_BEGIN + len(good) * side * side * 3, len(good))
     return dict(pictures=len(good), bad_pictures=bad, pictures_without_caption=source["no_caption"], **counts,
                 empty_captions=source["empty"], extra_captions=source["extra"])
 

@@ -44,9 +44,9 @@ from datasets import (CaptionDataset, features_key, load_word_map, make_loader, 
 from demo import draw_attention
 from eval import encode, generate, score, tokenize_references
 from models import build_models, caption_loss, pixel_positions
-from utils import (BEST_CHECKPOINT, CHECKPOINT, CHECKPOINT_VERSION, from_first_process, gather_lists, get_device,
-                   git_revision, init_distributed, keep_freed_memory, largest_of_processes, load_checkpoint,
-                   load_state, save_checkpoint, sum_over_processes)
+from utils import (BEST_CHECKPOINT, CHECKPOINT, CHECKPOINT_VERSION, check_sizes, from_first_process, gather_lists,
+                   get_device, git_revision, init_distributed, keep_freed_memory, largest_of_processes,
+                   load_checkpoint, load_optimizer, load_state, save_checkpoint, sum_over_processes)
 
 PICTURES_SHOWN = 4  # validation pictures drawn in TensorBoard after every epoch
 
@@ -76,6 +76,8 @@ def main():
     if not any(valid_set.raw_captions):
         raise UserError(f"{valid_set.path} has no captions to choose the best checkpoint by")
 
+    if checkpoint:
+        check_sizes(checkpoint, config, path)
     torch.manual_seed(config.seed)
     encoder, decoder = build_models(config, len(word_map), encoder_weights="none" if checkpoint else None)
     # All that a run needs to go on, besides the weights: where it is, what it has summed up since the epoch began
@@ -104,7 +106,7 @@ def main():
     encoder, decoder = encoder.to(device), decoder.to(device)
     optimizers = make_optimizers(config, encoder, decoder)
     if checkpoint:
-        resume_optimizers(optimizers, checkpoint, args.flags)
+        resume_optimizers(optimizers, checkpoint, args.flags, path)
     if world_size > 1 and device.type == "cuda" and config.fine_tune_encoder:
         encoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
     # What sees the pictures; `encoder` is what is saved.
@@ -449,11 +451,11 @@ def make_optimizers(config, encoder, decoder):
     return optimizers
 
 
-def resume_optimizers(optimizers, checkpoint, flags):
+def resume_optimizers(optimizers, checkpoint, flags, path):
     """Load what the checkpoint knows of each optimizer; a rate that the user names now takes its place."""
     for name, optimizer in optimizers.items():
         if name in checkpoint["optimizers"]:
-            optimizer.load_state_dict(checkpoint["optimizers"][name])
+            load_optimizer(optimizer, checkpoint["optimizers"][name], path)
         if f"{name}_lr" in flags:
             for group in optimizer.param_groups:
                 group["lr"] = flags[f"{name}_lr"]
@@ -496,7 +498,7 @@ def start_log(folder, config, state, checkpoint, steps, dataset):
             versions=versions), indent=1))
     if not checkpoint:
         return SummaryWriter(folder)
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if log.exists() else []
     if state["batch"]:
         write_text(log, "".join(lines[:state["epoch"]]))  # a line an epoch
         return SummaryWriter(folder, purge_step=state["step"] + (state["batch"] < steps))
@@ -521,7 +523,7 @@ def log_entry(folder, writer, config, entry, dataset):
     for group, values in dict(train=entry["reading"], valid=entry["valid"], epoch=entry["train"]).items():
         log_scalars(writer, group, values, entry["step"])
     positions = pixel_positions(config.image_size, config.encoded_image_size)
-    for shown in entry["pictures"]:
+    for shown in (shown for shown in entry["pictures"] if shown["row"] < len(dataset)):
         figure = draw_attention(Image.fromarray(dataset.images[shown["row"]]), shown["words"],
                                 shown["alphas"].numpy(), positions)
         writer.add_figure(f"attention/{shown['row']}", figure, entry["step"])

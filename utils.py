@@ -68,29 +68,72 @@ def load_checkpoint(path, word_map_path=None):
                         f"{way_back(path)}")
     try:
         with zipfile.ZipFile(path) as file:  # torch.load compares no checksums: a flipped bit is another weight to it
+            check_members(file, path)
             if (part := file.testzip()) is not None:
                 raise ValueError(f"the checksum of {part} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken file leads it to
         return load_original(path, word_map_path, (str(error).splitlines() or [type(error).__name__])[0])
-    parts = dict(version=int, config=dict, word_map=dict, encoder=dict, decoder=dict, optimizers=dict, epoch=int,
-                 batch=int, step=int, totals=list, recent=list, seconds=float, best_score=float,
-                 epochs_since_improvement=int, run=str, reading=dict, entry=dict, batches=dict, world_size=int)
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), kind)
-                                                   for name, kind in parts.items()):
-        raise UserError(f"{path} is not a checkpoint of this repo: it lacks one of {', '.join(parts)}")
+    for name, is_right in FIELDS.items():
+        if not isinstance(checkpoint, dict) or name not in checkpoint or not is_right(checkpoint[name]):
+            raise UserError(f"{path} is not a checkpoint of this repo: it has no proper {name!r}")
     if checkpoint["version"] != CHECKPOINT_VERSION:
         raise UserError(f"{path} has version {checkpoint['version']}; this code reads {CHECKPOINT_VERSION}")
-    if Path(checkpoint["run"]).name != checkpoint["run"]:
-        raise UserError(f"{path} names a log folder outside --log_dir: {checkpoint['run']!r}")
+    try:
+        get_config(trained=checkpoint["config"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     check_word_map(checkpoint["word_map"], path)
-    rows = getattr(checkpoint["decoder"].get("embedding.weight"), "shape", [None])[0]
+    rows = checkpoint["decoder"].get("embedding.weight", torch.empty(0)).shape[0]
     if rows != len(checkpoint["word_map"]):
         raise UserError(f"{path} contradicts itself: {len(checkpoint['word_map'])} words in its word map, {rows} in "
                         f"its decoder")
     if word_map_path and read_word_map(word_map_path) != checkpoint["word_map"]:
         raise UserError(f"{path} carries its own word map, and {word_map_path} is another: leave --word_map out")
     return checkpoint
+
+
+def is_count(value):
+    return type(value) is int and 0 <= value < 2**53
+
+
+def is_state_dict(value):
+    """Whether all are plain, finite tensors, none larger than what the file holds of it: a few bytes can claim any."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and type(tensor) is torch.Tensor and tensor.layout is torch.strided
+        and tensor.device.type == "cpu" and not tensor.is_quantized
+        and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes() and bool(tensor.isfinite().all())
+        for name, tensor in value.items())
+
+
+def is_sums(value):
+    return isinstance(value, list) and len(value) == 6 and all(type(number) is float for number in value)
+
+
+def are_numbers(value):
+    return isinstance(value, dict) and all(isinstance(name, str) and type(number) in (int, float)
+                                           for name, number in value.items())
+
+
+def is_entry(value):
+    """Whether this can be logged by train.log_entry; before the first epoch's end it is empty."""
+    return isinstance(value, dict) and (not value or (
+        all(are_numbers(value.get(name)) for name in ("train", "valid", "rates", "reading"))
+        and is_count(value.get("epoch")) and is_count(value.get("step")) and isinstance(value.get("pictures"), list)
+        and all(isinstance(shown, dict) and is_count(shown.get("row")) and isinstance(shown.get("words"), list)
+                and all(isinstance(word, str) for word in shown["words"])
+                and isinstance(shown.get("alphas"), torch.Tensor) and shown["alphas"].ndim == 3
+                and len(shown["alphas"]) == len(shown["words"]) for shown in value["pictures"])))
+
+
+# What a checkpoint must have, and what it must be.
+FIELDS = dict(
+    version=is_count, config=lambda value: isinstance(value, dict), word_map=lambda value: isinstance(value, dict),
+    encoder=is_state_dict, decoder=is_state_dict, optimizers=lambda value: isinstance(value, dict), epoch=is_count,
+    step=is_count, best_score=lambda value: type(value) is float and not math.isnan(value),
+    epochs_since_improvement=is_count, batch=is_count, world_size=is_count, totals=is_sums, recent=is_sums,
+    seconds=lambda value: type(value) is float, reading=are_numbers, batches=are_numbers, entry=is_entry,
+    run=lambda value: isinstance(value, str) and re.fullmatch(r"[\w-]{1,100}", value))  # a folder of --log_dir
 
 
 def way_back(path):
@@ -116,10 +159,52 @@ def load_models(checkpoint, config, device, source):
     Raises:
         UserError: the weights do not fit the architecture.
     """
+    check_sizes(checkpoint, config, source)
     encoder, decoder = build_models(config, len(checkpoint["word_map"]), encoder_weights="none")
     load_state(encoder, checkpoint["encoder"], source)
     load_state(decoder, checkpoint["decoder"], source)
     return encoder.folded().to(device), decoder.to(device).eval()
+
+
+def check_sizes(checkpoint, config, source):
+    """Raise UserError, naming `source`, where the weights do not fit the settings, before these take any memory."""
+    try:
+        with torch.device("meta"):
+            models = build_models(config, len(checkpoint["word_map"]), encoder_weights="none")
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # a size beyond 64 bits
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source} has settings that no model can have ({reason[:200]})") from None
+    for module, state in zip(models, (checkpoint["encoder"], checkpoint["decoder"])):
+        for name, weights in module.state_dict().items():
+            found = state[name].shape if name in state else None
+            if weights.ndim and found != weights.shape:  # some have no counts of batches
+                raise UserError(f"the weights in {source} are of another architecture than its settings say: {name} "
+                                f"is {found and [*found]}, not {[*weights.shape]}")
+
+
+def load_optimizer(optimizer, saved, source):
+    """Load what a checkpoint holds of an Adam: its rate and, of each parameter, the moments.
+
+    Args:
+        optimizer (Adam): of one group. saved: its state dict, if it is one. source: the checkpoint's path.
+    Raises:
+        UserError: it is none, or does not fit the parameters.
+    """
+    own = optimizer.state_dict()
+    parameters = optimizer.param_groups[0]["params"]
+    try:
+        rate, state = saved["param_groups"][0]["lr"], saved["state"]
+        fits = type(rate) in (int, float) and 0 <= rate < math.inf and all(
+            is_state_dict(moments) and {name: (tensor.shape, tensor.dtype) for name, tensor in moments.items()} == dict(
+                step=((), torch.float32), **dict.fromkeys(("exp_avg", "exp_avg_sq"), (parameters[number].shape,
+                                                                                      torch.float32)))
+            for number, moments in state.items())
+    except (TypeError, KeyError, IndexError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(f"what {source} holds of an optimizer does not fit its weights")
+    own["param_groups"][0]["lr"] = rate
+    optimizer.load_state_dict(dict(own, state=state))
 
 
 def load_state(module, state, source):
@@ -258,8 +343,7 @@ def unpickle_original(path):
     with open(path, "rb") as file:
         if zipfile.is_zipfile(file):
             archive = zipfile.ZipFile(file)
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("compressed")  # never by torch.save; unpacked it could fill the memory
+            check_members(archive, path)
             folder, = (name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl"))
             unpickler = OriginalUnpickler(archive.open(f"{folder}data.pkl"))
             parts = unpickler.load()
@@ -274,7 +358,19 @@ def unpickle_original(path):
                 if int.from_bytes(file.read(8), "little") != length:
                     raise ValueError(f"storage {key!r} is not of {length} numbers")
                 content[key] = file.read(length * dtype.itemsize)
-    return parts, {key: (dtype, content[key]) for key, (dtype, _) in unpickler.storages.items()}
+    return parts, {key: (dtype, bytearray(content[key])) for key, (dtype, _) in unpickler.storages.items()}
+
+
+def check_members(archive, path):
+    """Raise ValueError where reading all of a file of torch.save would take more memory, or time, than its size says.
+
+    Args: archive (ZipFile). path (Path): of the file.
+    """
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("compressed")  # never by torch.save
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("parts lie upon each other")
 
 
 def module_state(module, storages):
@@ -287,8 +383,8 @@ def module_state(module, storages):
             dtype, content = storages[key]
             if math.prod(size) * dtype.itemsize > len(content):
                 raise ValueError(f"{name!r} is larger than its storage")
-            state[name] = torch.frombuffer(bytearray(content), dtype=dtype).as_strided(size, stride, offset)
-    for child, part in parts["_modules"].items():
+            state[name] = torch.frombuffer(content, dtype=dtype).as_strided(size, stride, offset)
+    for child, part in parts.pop("_modules").items():  # a part of two modules could stand for 2**100 of them
         state.update({f"{child}.{name}": tensor for name, tensor in module_state(part, storages).items()})
     return state
 

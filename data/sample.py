@@ -402,6 +402,21 @@ def is_true(caption, scene):
     return any(caption == sentence for _, _, sentence in _sentences(scene))
 
 
+def read_scenes(path):
+    """Read scenes.json. Returns: dict, picture's file name -> scene. Raises: UserError where it is damaged."""
+    try:
+        scenes = json.loads(path.read_text(encoding="utf-8"))
+        if not all(scene["background"] in BACKGROUNDS and len(scene["things"]) < 4 and all(
+                isinstance(thing["thing"] + thing["colour"], str) and len(thing["box"]) == 4
+                and all(type(edge) in (int, float) for edge in thing["box"]) for thing in scene["things"])
+                for scene in scenes.values()):
+            raise ValueError("its scenes are not what this program draws")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:200]}): python data/sample.py makes it "
+                        f"again") from None
+    return scenes
+
+
 def named_things(words, scene):
     """[(position in `words`, box)] for each word that names a thing of `scene`; boxes (x0, y0, x1, y1) in fractions."""
     boxes = {thing["thing"]: thing["box"] for thing in scene["things"]}

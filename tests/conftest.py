@@ -1,10 +1,15 @@
 """What every test shares: the scripts as a user runs them, and one tiny data set that they have made."""
+import contextlib
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
+
+from datasets import seal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,6 +43,21 @@ def files_under(folder):
     """Everything below a folder, with its content. Returns: dict, relative path -> bytes, or None for a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
             for path in sorted(Path(folder).rglob("*"))}
+
+
+@contextlib.contextmanager
+def tampered(path, done=None):
+    """Open an HDF5 file of ours for changes, and seal it again, as somebody does who means them.
+
+    Args: path (Path). done (int): how many rows the seal is to count; None for as many as before.
+    """
+    begin, end, before = np.fromfile(path, "<u8", 3).tolist()
+    with h5py.File(path, "a") as file:
+        yield file
+        data = file.get("images", file.get("features"))
+        if isinstance(data, h5py.Dataset) and data.id.get_offset():
+            begin, end = data.id.get_offset(), data.id.get_offset() + data.id.get_storage_size()
+    seal(path, begin, end, before if done is None else done)
 
 
 @pytest.fixture

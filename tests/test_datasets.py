@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import files_under
+from conftest import files_under, tampered
 from PIL import EpsImagePlugin, Image
 
 import demo
@@ -538,6 +538,8 @@ DAMAGE = {
     "a newer format": lambda file: file.attrs.update(format_version=99),
     "another word map": lambda file: file.attrs.update(word_map_digest="0" * 64),
     "lengths out of range": lambda file: file["caption_lengths"].write_direct(np.full((4, 5), 99, np.int32)),
+    "a start without an end": lambda file: file["caption_lengths"].write_direct(np.full((4, 5), 1, np.int32)),
+    "an infinite image size": lambda file: file.attrs.update(image_size=np.inf),
     "negative lengths": lambda file: file["caption_lengths"].write_direct(np.full((4, 5), -1, np.int32)),
     "ids out of range": lambda file: file["captions"].write_direct(np.full((4, 5, 42), 9999, np.int32)),
     "an id just out of range": a_word_too_many,
@@ -548,9 +550,18 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_data_file_that_is_not_what_it_should_be(damage, folder):
-    with h5py.File(folder / "valid.h5", "a") as file:
+    with tampered(folder / "valid.h5") as file:
         DAMAGE[damage](file)
     refused(folder, config_of(folder))
+
+
+@pytest.mark.parametrize("at", [0, 8, 16, 24, 55, 512, 600, 1400, 4095, -1, -700])
+def test_a_flipped_bit_outside_the_pixels_is_seen_before_hdf5_reads_it(at, folder, monkeypatch):
+    content = bytearray((folder / "valid.h5").read_bytes())
+    content[at] ^= 4
+    (folder / "valid.h5").write_bytes(content)
+    monkeypatch.setattr(h5py, "File", None)
+    refused(folder, config_of(folder), "damaged")
 
 
 @pytest.mark.parametrize("content", [
@@ -589,7 +600,7 @@ def refused(folder, config, *words):
 
 
 def test_a_split_without_pictures_cannot_be_loaded(folder):
-    with h5py.File(folder / "valid.h5", "a") as file:
+    with tampered(folder / "valid.h5") as file:
         for name in ("images", "captions", "caption_lengths", "image_ids", "raw_captions"):
             replace(file, name, lambda file, name, data: file.create_dataset(
                 name, data=data[:0], dtype=h5py.string_dtype() if data.dtype == object else data.dtype))

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tampered
 from matplotlib.figure import Figure
 from test_datasets import external_link, external_storage, replace, virtual
 
@@ -64,7 +64,7 @@ def is_the_encoders(dataset, encoder):
 
 
 def rewrite(path, change):
-    with h5py.File(path, "a") as file:
+    with tampered(path) as file:
         change(file)
 
 
@@ -212,26 +212,25 @@ DAMAGE = {
     "a group": lambda file: replace(file, "features", lambda file, name, data: file.create_group(name)),
     "no attributes": lambda file: [file.attrs.pop(name) for name in list(file.attrs)],
     "another version": lambda file: file.attrs.update(features_version=99),
-    "no count": lambda file: file.pop("done"),
-    "rows to do": lambda file: file["done"].write_direct(np.array([3])),
-    "a count beyond the rows": lambda file: file["done"].write_direct(np.array([5])),
-    "no number for a count": lambda file: replace(file, "done", lambda file, name, data: file.create_dataset(
-        name, data="many")),
 }
+COUNTS = {"rows to do": 3, "a count beyond the rows": 5}
 
 
 @pytest.mark.parametrize("damage, unfinished", [
-    (damage, unfinished) for damage in [*DAMAGE, "empty", "text", "half", "one byte short"]
+    (damage, unfinished) for damage in [*DAMAGE, *COUNTS, "flipped", "empty", "text", "half", "one byte short"]
     for unfinished in (False, True) if (damage, unfinished) != ("rows to do", True)])
 def test_a_features_file_that_is_not_what_it_should_be_is_made_again(damage, unfinished, folder, encoder, capsys):
     path = folder / "valid_features.h5"
     keep(folder, encoder)
     if damage in DAMAGE:
         rewrite(path, DAMAGE[damage])
+    elif damage in COUNTS:
+        with tampered(path, COUNTS[damage]):
+            pass
     else:
         whole = path.read_bytes()
-        path.write_bytes({"empty": b"", "text": b"not HDF5" * 1000, "half": whole[:len(whole) // 2]}.get(
-            damage, whole[:-1]))
+        path.write_bytes({"empty": b"", "text": b"not HDF5" * 1000, "half": whole[:len(whole) // 2],
+                          "flipped": whole[:800] + bytes([whole[800] ^ 4]) + whole[801:]}.get(damage, whole[:-1]))
     if unfinished:
         path = path.rename(f"{path}.tmp")
     dataset, _, encoded = keep(folder, encoder)
@@ -267,8 +266,8 @@ def test_a_killed_run_is_gone_on_with(folder, encoder):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     temporary = folder / "train_features.h5.tmp"
     assert not (folder / "train_features.h5").exists()
-    with h5py.File(temporary, "r+") as file:
-        assert file["done"][0] == 8
+    with tampered(temporary) as file:
+        assert datasets.open_sealed(temporary)[1] == 8
         done = file["features"][:8].copy()
         file["features"][0] = 7  # to be known again
     dataset, _, encoded = keep(folder, encoder, "train")

@@ -253,6 +253,14 @@ def test_modules_that_do_not_fit(folder, tmp_path, change, reason):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_few_bytes_that_stand_for_many_modules(tmp_path, form):
+    part = nn.Linear(1, 1)
+    for _ in range(60):
+        part = nn.Sequential(part, part)
+    refused(save({"encoder": part}, tmp_path / "many.pth.tar", form), "_modules")
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size, stride, offset, reason", [
     ((10**6, 10**6), (0, 0), 0, "larger than its storage"), ((3,), (2,), 0, "out of bounds"),
     ((2,), (1,), 3, "out of bounds"), ((2,), (-1,), 3, "Negative"), (("2",), (1,), 0, "TypeError")])

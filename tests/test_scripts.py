@@ -1,4 +1,5 @@
 """The four scripts end to end, as a user calls them, on a few tiny drawn pictures; every output is looked into."""
+import copy
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from config import UserError, parse_args
 from datasets import load_word_map
-from utils import load_checkpoint, open_checkpoint, save_checkpoint
+from utils import load_checkpoint, load_optimizer, open_checkpoint, save_checkpoint
 
 @pytest.fixture(scope="session")
 def trained(tiny, tiny_flags, tmp_path_factory):
@@ -206,7 +207,23 @@ def test_no_checkpoint(name, tmp_path, tiny_flags):
     (lambda c: c["word_map"].update(extra=len(c["word_map"])), "contradicts itself"),
     (lambda c: c.pop("decoder"), "not a checkpoint of this repo"),
     (lambda c: c.pop("optimizers"), "not a checkpoint of this repo"),
-    (lambda c: c.update(run="../elsewhere"), "outside --log_dir"),
+    (lambda c: c.update(run="../elsewhere"), "no proper 'run'"),
+    (lambda c: c.update(run=""), "no proper 'run'"),
+    (lambda c: c.update(run=".."), "no proper 'run'"),
+    (lambda c: c.update(epoch=-1), "no proper 'epoch'"),
+    (lambda c: c.update(step=2**70), "no proper 'step'"),
+    (lambda c: c.update(epoch=True), "no proper 'epoch'"),
+    (lambda c: c.update(best_score=float("nan")), "no proper 'best_score'"),
+    (lambda c: c["decoder"].update({"fc.bias": "text"}), "no proper 'decoder'"),
+    (lambda c: c["decoder"]["fc.bias"].fill_(float("nan")), "no proper 'decoder'"),
+    (lambda c: c["decoder"].update({"fc.weight": torch.zeros(1).expand(2**40, 2**20)}), "no proper 'decoder'"),
+    (lambda c: c["decoder"].update({"fc.weight": torch.empty(2**40, 4, device="meta")}), "no proper 'decoder'"),
+    (lambda c: c["encoder"].update({"resnet.0.weight": c["encoder"]["resnet.0.weight"].to_sparse()}), "'encoder'"),
+    (lambda c: c["config"].update(decoder_dim=10**6), "another architecture"),
+    (lambda c: c["config"].update(emb_dim=2**60), "settings that no model can have"),
+    (lambda c: c["config"].update(log_dir="a\0b"), "log_dir"),
+    (lambda c: c["config"].update(data_dir="\ud800"), "data_dir"),
+    (lambda c: c["word_map"].update({"\ud800": c["word_map"].popitem()[1]}), "word map"),
     (lambda c: c.update(version=99), "version 99"),
     (lambda c: c["config"].update(encoder="resnet34"), "another architecture"),
     (lambda c: c["config"].update(decoder_dim=8), "another architecture"),
@@ -220,6 +237,25 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path, change, me
     torch.save(checkpoint, path)
     with pytest.raises(UserError, match=message):
         open_checkpoint(parse_args("", {"checkpoint": {}, "word_map": {}}, ["--checkpoint", str(path)]))
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: state.update(param_groups="text"), lambda state: state.pop("state"),
+    lambda state: state["param_groups"][0].update(lr=float("nan")),
+    lambda state: state["param_groups"][0].update(lr="fast"), lambda state: state["state"].update({99: {}}),
+    lambda state: state["state"][0].pop("exp_avg"), lambda state: state["state"][0].update(exp_avg=torch.zeros(3)),
+    lambda state: state["state"][0].update(step="one"), lambda state: state["state"].update({-1: state["state"][0]}),
+])
+def test_an_optimizer_that_does_not_fit_is_refused(change):
+    weights = torch.nn.Linear(2, 5)
+    optimizer = torch.optim.Adam(weights.parameters(), lr=0.1, fused=True)
+    weights(torch.ones(3, 2)).sum().backward()
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    load_optimizer(torch.optim.Adam(weights.parameters(), fused=True), state, "its file")
+    change(state)
+    with pytest.raises(UserError, match="its file"):
+        load_optimizer(torch.optim.Adam(weights.parameters(), fused=True), state, "its file")
 
 
 @pytest.mark.parametrize("content", ["empty", "garbage", "truncated", "pickle", "list"])
