@@ -33,6 +33,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from config import UserError
 from datasets import END, PAD, START, UNK
 
+CACHED = 2**19  # numbers that a core's cache holds beside others
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -190,22 +192,26 @@ class Energy(torch.autograd.Function):
             hidden.sign_()  # the derivative of relu
             grad_query[part] = (grad_energy.unsqueeze(2) @ hidden).squeeze(2)
             by_pixel = grad_energy.transpose(1, 2).unsqueeze(2).contiguous()  # (b, P, 1, k)
-            torch.mul((by_pixel @ hidden.transpose(1, 2)).squeeze(2), weight.to(keys), out=grad_keys[part[0]])
-        return grad_keys, grad_query * weight.to(query), grad_weight, None
+            grad_keys[part[0]] += (by_pixel @ hidden.transpose(1, 2)).squeeze(2)
+        return grad_keys.mul_(weight), grad_query.mul_(weight), grad_weight, None
 
     @staticmethod
     def hidden_layers(keys, query, counts):
         """relu(key + query), part by part. Yields: (pictures, captions) as slices, (b, k, P, A), overwritten by the
         next."""
         (B, P, A), K = keys.shape, query.shape[1]
-        b = min(max(2**19 // (K * P * A), 1), B) if keys.device.type == "cpu" else B
-        buffer = keys.new_empty(b * K * P * A)
+        b, k = B, K  # how many at a time
+        if keys.device.type == "cpu":
+            room = max(CACHED // (P * A), 1)
+            b, k = min(max(room // K, 1), B), min(room, K)
+        buffer = keys.new_empty(b * k * P * A)
         for start in range(0, B, b):
-            pictures, k = slice(start, start + b), max(counts[start:start + b])
-            if k:
-                hidden = buffer[:len(keys[pictures]) * k * P * A].view(-1, k, P, A)
-                torch.add(keys[pictures].unsqueeze(1), query[pictures, :k].unsqueeze(2), out=hidden).relu_()
-                yield (pictures, slice(k)), hidden
+            pictures, end = slice(start, min(start + b, B)), max(counts[start:start + b])
+            for first in range(0, end, k):
+                captions = slice(first, min(first + k, end))
+                key, value = keys[pictures].unsqueeze(1), query[pictures, captions].unsqueeze(2)
+                hidden = buffer[:len(key) * value.shape[1] * P * A].view(len(key), -1, P, A)
+                yield (pictures, captions), torch.add(key, value, out=hidden).relu_()
 
 
 class Pixels(NamedTuple):
