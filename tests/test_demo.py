@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from conftest import NOT_BEGUN
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -32,8 +33,7 @@ def checkpoint(tmp_path_factory):
     decoder.attention.full_att.weight.data *= 50  # for an attention that is not even
     path = tmp_path_factory.mktemp("hostile") / "hostile.pth.tar"
     save_checkpoint(dict(version=CHECKPOINT_VERSION, config=dataclasses.asdict(config), word_map=word_map,
-                         encoder=encoder.state_dict(), decoder=decoder.state_dict(), optimizers={}, epoch=7, step=1,
-                         best_score=0.0, epochs_since_improvement=0, run="run"), path)
+                         encoder=encoder.state_dict(), decoder=decoder.state_dict(), **{**NOT_BEGUN, "epoch": 7}), path)
     return path
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import torchvision
-from conftest import error_line, script
+from conftest import NOT_BEGUN, error_line, script
 from torch import nn
 from torch.nn.backends.thnn import _get_thnn_function_backend
 
@@ -99,8 +99,8 @@ def folder(tmp_path_factory):
     words = ["", *(chr(ord("一") + number) for number in range(55))]  # jieba's full mode gives "" for punctuation
     word_map = {word: number for number, word in enumerate([*words, UNK, START, END], start=1)} | {PAD: 0}
     (folder / "WORDMAP.json").write_text(json.dumps(word_map))
-    torch.save(dict(states, version=CHECKPOINT_VERSION, config=asdict(CONFIG), word_map=word_map, optimizers={},
-                    epoch=7, step=0, best_score=0.0, epochs_since_improvement=0, run="run"), folder / "own.pth.tar")
+    torch.save(dict(states, version=CHECKPOINT_VERSION, config=asdict(CONFIG), word_map=word_map, **NOT_BEGUN),
+               folder / "own.pth.tar")
     return folder
 
 

@@ -8,13 +8,13 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import error_line, files_under, script
+from conftest import NOT_BEGUN, error_line, files_under, script
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import UserError, parse_args
 from datasets import load_word_map
-from utils import load_checkpoint, load_optimizer, open_checkpoint, save_checkpoint
+from utils import CHECKPOINT_VERSION, load_checkpoint, load_optimizer, open_checkpoint, save_checkpoint
 
 @pytest.fixture(scope="session")
 def trained(tiny, tiny_flags, tmp_path_factory):
@@ -273,9 +273,8 @@ def weights(number):
     """What a checkpoint must have, with 40,000 weights of its own. Returns: dict."""
     words = {"<pad>": 0, "<unk>": 1, "<start>": 2, "<end>": 3}
     tensor = torch.full((100, 400), float(number))
-    return dict(version=1, config={}, word_map=words, encoder={"weight": tensor}, step=0, best_score=0.0, run="run",
-                decoder={"embedding.weight": torch.zeros(4, 2)}, optimizers={}, epoch=number,
-                epochs_since_improvement=0)
+    return {**NOT_BEGUN, "version": CHECKPOINT_VERSION, "config": {}, "word_map": words, "encoder": {"weight": tensor},
+            "decoder": {"embedding.weight": torch.zeros(4, 2)}, "epoch": number}
 
 
 def damage(path, at):
