@@ -15,7 +15,7 @@ sample: .venv/installed data/sample/scenes.json
 
 test: .venv/installed
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py all

@@ -238,9 +238,9 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer,
     loader.sampler.epoch, loader.sampler.first = state["epoch"], state["batch"]
     unread, steps, clock = [], len(loader), time.perf_counter()
     before = state["seconds"]  # at the last reading
-    bar = tqdm(desc=f"epoch {state['epoch'] + 1}", unit="batch", total=steps, initial=state["batch"],
+    bar = tqdm(loader, desc=f"epoch {state['epoch'] + 1}", unit="batch", total=steps, initial=state["batch"],
                disable=writer is None)
-    for images, captions, lengths, rows in loader:
+    for images, captions, lengths, rows in bar:
         # Seeded by the step, so that dropout goes on as it would have, wherever a run was cut.
         torch.manual_seed((config.seed * 1_000_003 + state["step"]) * 1_009 + rank)
         images, captions = images.to(device, non_blocking=True), captions.to(device, non_blocking=True)
@@ -279,9 +279,7 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer,
             state["reading"] = {**means, "gradient_norm": norm.item(), **rates(optimizers)}
             if writer and number < steps:  # what belongs to an epoch's last step is logged with the epoch
                 log_scalars(writer, "train", state["reading"], state["step"])
-        bar.update()
         pause()
-    bar.close()
     return epoch_means(state["totals"], config, state["seconds"])
 
 
