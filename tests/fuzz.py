@@ -866,7 +866,9 @@ def main():
             last = ((folder / "stderr").read_text(errors="replace").strip().splitlines() or [""])[-1]
             kept = folder.rename(work / f"finding_{args.seed}_{number}")
             print(f"{number} {kind}: {wrong}: {note!r}\n    {last[:300]!r}\n    {kept}", flush=True)
-        elif args.only is not None:
+        if sum(tried.values()) % 500 == 0:
+            print(f"{sum(tried.values())} inputs, {sum(found.values())} findings", flush=True)
+        if args.only is not None and not wrong:
             print(f"nothing wrong: {note!r}; {folder}")
     if snapshot(work / "base") != whole:
         found["base"] += 1
