@@ -405,8 +405,8 @@ def damaged(path, error):
 def check_attributes(path, attributes, expected):
     """Raise UserError, naming the file and both values, where an attribute is not as expected."""
     for name, value in expected.items():
-        found = attributes.get(name)
-        if str(found) != str(value):
+        found = " ".join(str(attributes.get(name)).split())
+        if found != str(value):
             what = {"word_map_digest": "another word map", "source": "other annotations"}.get(
                 name, f"{name} {found}, not {value}")
             raise UserError(f"{path} was made with {what}: run pre_process.py --overwrite with the settings of this "
@@ -520,8 +520,8 @@ def open_features(path, key, shape, mode="r"):
         raise ValueError(f"cannot be read ({' '.join(str(error).split())})") from None
     try:
         for name, value in key.items():
-            found = file.attrs.get(name)
-            if str(found) != str(value):
+            found = " ".join(str(file.attrs.get(name)).split())
+            if found != str(value):
                 what = {"encoder_digest": "encoder weights", "images_digest": "pictures"}.get(
                     name, f"{name} ({found}, not {value})")
                 raise ValueError(f"was made with other {what}")

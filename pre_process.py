@@ -313,6 +313,7 @@ def read_report(path, done):
         return {}
     try:
         splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        json.dumps(splits, ensure_ascii=False).encode()  # halves of characters could not be written again
         return {split: dict(counts) for split, counts in splits.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}): remove it, or make all again with --overwrite") from None

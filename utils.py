@@ -101,7 +101,7 @@ def is_state_dict(value):
     """Whether all are plain, finite tensors, none larger than what the file holds of it: a few bytes can claim any."""
     return isinstance(value, dict) and all(
         isinstance(name, str) and type(tensor) is torch.Tensor and tensor.layout is torch.strided
-        and tensor.device.type == "cpu" and not tensor.is_quantized
+        and tensor.device.type == "cpu" and not tensor.is_quantized and not tensor.is_nested
         and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes() and bool(tensor.isfinite().all())
         for name, tensor in value.items())
 

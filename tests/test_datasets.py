@@ -535,6 +535,7 @@ DAMAGE = {
     "a virtual data set": lambda file: virtual(file, "captions"),
     "another image size": lambda file: file.attrs.update(image_size=32),
     "a list for an image size": lambda file: file.attrs.update(image_size=[64, 64]),
+    "a table for a format": lambda file: file.attrs.update(format_version=np.zeros((3, 3))),
     "a newer format": lambda file: file.attrs.update(format_version=99),
     "another word map": lambda file: file.attrs.update(word_map_digest="0" * 64),
     "lengths out of range": lambda file: file["caption_lengths"].write_direct(np.full((4, 5), 99, np.int32)),

@@ -270,7 +270,7 @@ def test_another_split_added_later_is_made_alone(data_dir, preprocess):
     assert report_of(data_dir, "test_b")["pictures"] == 1 and report_of(data_dir, "train") == train
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"splits": 3}', ""])
+@pytest.mark.parametrize("content", ["{", "[]", '{"splits": 3}', "", '{"splits": {"train": {"\\ud800": 1}}}'])
 def test_a_damaged_report_is_a_users_error(content, data_dir, preprocess, refused):
     assert preprocess(data_dir).code == 0
     (data_dir / "pre_process.json").write_text(content)

@@ -218,6 +218,7 @@ def test_no_checkpoint(name, tmp_path, tiny_flags):
     (lambda c: c["decoder"]["fc.bias"].fill_(float("nan")), "no proper 'decoder'"),
     (lambda c: c["decoder"].update({"fc.weight": torch.zeros(1).expand(2**40, 2**20)}), "no proper 'decoder'"),
     (lambda c: c["decoder"].update({"fc.weight": torch.empty(2**40, 4, device="meta")}), "no proper 'decoder'"),
+    (lambda c: c["decoder"].update({"fc.weight": torch.nested.nested_tensor([torch.ones(2)])}), "'decoder'"),
     (lambda c: c["encoder"].update({"resnet.0.weight": c["encoder"]["resnet.0.weight"].to_sparse()}), "'encoder'"),
     (lambda c: c["config"].update(decoder_dim=10**6), "another architecture"),
     (lambda c: c["config"].update(emb_dim=2**60), "settings that no model can have"),
