@@ -33,6 +33,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from config import UserError
 from datasets import END, PAD, START, UNK
 
+try:
+    import kernels
+except ModuleNotFoundError:  # Triton comes with PyTorch for Linux; a GPU does without
+    kernels = None
+
 CACHED = 2**19  # numbers that a core's cache holds beside others
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -238,7 +243,7 @@ def pool_matrix(height, width, size):
     """Adaptive average pooling from height x width cells to size x size as a (size^2, height * width) matrix."""
     rows = F.adaptive_avg_pool1d(torch.eye(height), size).T  # (size, height)
     columns = F.adaptive_avg_pool1d(torch.eye(width), size).T
-    return torch.kron(rows, columns)
+    return torch.kron(rows, columns).contiguous()
 
 
 def pixel_positions(image_size, encoded_image_size):
@@ -319,6 +324,11 @@ class DecoderWithAttention(nn.Module):
         Returns:
             h, c: (n, H); alpha: (n, P); context: (n, D), after its gate.
         """
+        if is_fused(pixels):
+            out = kernels.empty_steps(len(h), *pixels, word_input)
+            kernels.step(*pixels, self.attention.full_att.weight[0], captions.place // captions.K, weights, word_input,
+                         h, c, out)
+            return out.h, out.c, out.alpha, out.context
         h_weight, h_bias, context_weight = weights
         a_dim, d_dim = self.attention.decoder_att.out_features, self.f_beta.out_features
         query, beta, gates = torch.addmm(h_bias, h, h_weight.T).split([a_dim, d_dim, 4 * h.shape[1]], dim=1)
@@ -347,15 +357,37 @@ class DecoderWithAttention(nn.Module):
         place = picture * K + (picture.unsqueeze(1) == picture).tril(-1).sum(dim=1)
         real = torch.arange(T).unsqueeze(1) < lengths[order]  # (T, N): the first sizes[t] captions are open at step t
         sizes, (step, caption) = real.sum(dim=1).tolist(), real.nonzero(as_tuple=True)
-        counts = [torch.bincount(picture[:n], minlength=B).tolist() for n in sizes]
         token = order[caption] * T + step  # (M,), which of the (B, K, T) each is, in the loop's order
         back = token.argsort()  # to the captions' order
-        picture, place, token, back = (x.to(grid.device, non_blocking=True) for x in (picture, place, token, back))
+        on_cpu, (picture, place, token, back) = picture, (
+            x.to(grid.device, non_blocking=True) for x in (picture, place, token, back))
 
         words, targets = captions[:, :, :-1].flatten()[token], captions[:, :, 1:].flatten()[token]
         pixels = self.look(grid)
         h, c = (state[picture] for state in self.init_hidden_state(pixels))
         word_input = self.word_input(words)  # (M, 4H), in autocast's type where that is on
+        if is_fused(pixels):
+            tokens = caption_lengths.sub(1).clamp(min=0).sum(dim=1)  # (B,), of each picture
+            full_att = self.attention.full_att
+            states, alphas = kernels.TimeLoop.apply(
+                *pixels, full_att.weight[0], full_att.bias, h, c, word_input, *self.step_weights(), sizes,
+                int(tokens.max()), picture, back, tokens.cumsum(0).to(grid.device, non_blocking=True))
+        else:
+            counts = [torch.bincount(on_cpu[:n], minlength=B).tolist() for n in sizes]
+            states, alphas = self.time_loop(pixels, place, K, sizes, counts, word_input, h, c)
+        alphas = alphas.new_zeros(B * K * T, alphas.shape[1]).index_copy(0, token, alphas)
+        return self.fc(self.dropout(states[back])), targets[back], alphas.unflatten(0, (B, K, T))
+
+    def time_loop(self, pixels, place, K, sizes, counts, word_input, h, c):
+        """All steps of N captions.
+
+        Args:
+            pixels (Pixels): of B pictures. place (N,), K: as of Open. sizes (list of T int): how many captions are
+                open, the first ones. counts (list of T lists of B int): how many of each picture. word_input: (M, 4H),
+                step by step. h, c: (N, H), before the first.
+        Returns:
+            h after every step, (M, H); alpha (M, P).
+        """
         h_weight, h_bias, context_weight = (x.to(word_input.dtype) for x in self.step_weights())
         hs, contexts, states, alphas = [], [], [], []
         biases = LateGradient.apply(h_bias.expand(len(word_input), -1), h_weight, hs).split(sizes)
@@ -368,9 +400,12 @@ class DecoderWithAttention(nn.Module):
             contexts.append(context.detach())
             states.append(h)
             alphas.append(alpha)
-        scores, alphas = self.fc(self.dropout(torch.cat(states)[back])), torch.cat(alphas)
-        alphas = alphas.new_zeros(B * K * T, alphas.shape[1]).index_copy(0, token, alphas)
-        return scores, targets[back], alphas.unflatten(0, (B, K, T))
+        return torch.cat(states), torch.cat(alphas)
+
+
+def is_fused(pixels):
+    """Whether the time loop is left to kernels.py: on a GPU, where Triton is."""
+    return kernels is not None and kernels.are_usable(pixels.grid, pixels.pool)
 
 
 class LateGradient(torch.autograd.Function):
