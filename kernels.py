@@ -32,9 +32,6 @@ class Steps(NamedTuple):
     h: torch.Tensor  # (n, H)
     c: torch.Tensor  # float32 (n, H)
 
-    def rows(self, start, n):
-        return Steps(*(x[start:start + n] for x in self))
-
 
 def empty_steps(n, grid, pool, keys, like):
     """Room for n rows, in the type of `like`, which is (..., 4H)."""
@@ -45,21 +42,23 @@ def empty_steps(n, grid, pool, keys, like):
         (H, exact))))
 
 
-def step(grid, pool, keys, energy_weight, picture, weights, word_input, h, c, out):
+def step(grid, pool, keys, energy_weight, picture, weights, word_input, h, c, steps, start=0, c_start=0):
     """models.DecoderWithAttention.step of n captions.
 
     Args:
-        grid, pool, keys: as of models.Pixels. energy_weight: full_att's, (A,). picture: int64 (n,), whose captions they
-            are. weights: as of step_weights. word_input: (n, 4H). h, c: (n, H). pool, energy_weight and c are float32,
-            all else of one type, to multiply in. out (Steps): is filled.
+        grid, pool, keys: as of models.Pixels. energy_weight: full_att's, (A,). picture: int64, the first n are whose
+            captions they are. weights: as of step_weights. word_input: (n, 4H). h: (n, H). c: (..., H), from row
+            c_start on. pool, energy_weight and c are float32, all else of one type, to multiply in.
+        steps (Steps): n rows from `start` on are filled.
     """
     h_weight, h_bias, context_weight = weights
     (P, G), A, D, (n, H) = pool.shape, keys.shape[2], grid.shape[2], h.shape
-    torch.addmm(h_bias, h, h_weight.T, out=out.pre)
-    attend[(n,)](out.pre, grid, pool, keys, energy_weight, picture, out.alpha, out.cells, out.context, A, D, H, P, G,
-                 *tile_sizes(P, G), num_warps=8)
-    gates = torch.addmm(word_input, out.context, context_weight.T)
-    cell[(n, triton.cdiv(H, CELLS))](out.pre, gates, c, out.gates, out.h, out.c, A + D, H, CELLS)
+    torch.addmm(h_bias, h, h_weight.T, out=steps.pre[start:start + n])
+    attend[(n,)](steps.pre, grid, pool, keys, energy_weight, picture, steps.alpha, steps.cells, steps.context, start,
+                 A, D, H, P, G, *tile_sizes(P, G, 16), num_warps=4)
+    gates = torch.addmm(word_input, steps.context[start:start + n], context_weight.T)
+    cell[(n,)](steps.pre, gates, c, steps.gates, steps.h, steps.c, start, c_start, A + D, H,
+               triton.next_power_of_2(H))
 
 
 class TimeLoop(torch.autograd.Function):
@@ -80,12 +79,12 @@ class TimeLoop(torch.autograd.Function):
         energy_weight, c = energy_weight.float(), c.float()
         pixels = grid, pool.float(), keys
         steps = empty_steps(len(word_input), *pixels, word_input)
-        start, before = 0, (h, c)
+        start, h_before, c_before, c_start = 0, h, c, 0
         for n in sizes:
-            out = steps.rows(start, n)
-            step(*pixels, energy_weight, picture, weights, word_input[start:start + n], before[0][:n], before[1][:n],
-                 out)
-            start, before = start + n, (out.h, out.c)
+            step(*pixels, energy_weight, picture, weights, word_input[start:start + n], h_before[:n], c_before, steps,
+                 start, c_start)
+            h_before, c_before, c_start = steps.h[start:start + n], steps.c, start
+            start += n
         ctx.sizes, ctx.longest = sizes, longest
         ctx.save_for_backward(*pixels, energy_weight, *weights, h, c, picture, tokens, ends, *steps)
         return steps.h, steps.alpha
@@ -105,16 +104,15 @@ class TimeLoop(torch.autograd.Function):
         start = M
         for t in reversed(range(len(sizes))):
             n, start = sizes[t], start - sizes[t]
-            now, grad_now = steps.rows(start, n), grad_pre[start:start + n]
-            cell_gradient[(n, triton.cdiv(H, CELLS))](
-                grad_h[start:], later_h, later_c, now.gates, now.c, steps.c[start - sizes[t - 1]:] if t else c,
-                grad_now, A + D, H, CELLS)
+            c_before = (steps.c, start - sizes[t - 1]) if t else (c, 0)
+            cell_gradient[(n,)](grad_h, later_h, later_c, steps.gates, steps.c, *c_before, grad_pre, start, A + D, H,
+                                triton.next_power_of_2(H))
+            grad_now = grad_pre[start:start + n]
             grad_context = grad_now[:, A + D:] @ context_weight
             attend_gradient[(n,)](
-                grad_context, grad_alpha[start:], now.pre, grid, pool, keys, energy_weight, picture, now.alpha,
-                now.context, grad_now, grad_energy[start:], grad_cells[start:],
-                grad_context if grad_raw is None else grad_raw[start:], grad_raw is not None,
-                A, D, H, P, G, *tile_sizes(P, G), num_warps=8)
+                grad_context, grad_alpha, steps.pre, grid, pool, keys, energy_weight, picture, steps.alpha,
+                steps.context, grad_pre, grad_energy, grad_cells, grad_context if grad_raw is None else grad_raw, start,
+                grad_raw is not None, A, D, H, P, G, *tile_sizes(P, G, 64), num_warps=4)
             torch.mm(grad_now, h_weight, out=later_h[:n])
 
         parts = triton.cdiv(P, KEYS)
@@ -140,23 +138,24 @@ class TimeLoop(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels
 
-CELLS = 512  # units of the LSTM in a program
 KEYS = 64  # pixels, and units of the attention, in a program of keys_gradient
 
 
-def tile_sizes(P, G):
-    """The powers of two that hold P and G, and how many of A, P, D and G a program takes at a time."""
+def tile_sizes(P, G, part_a):
+    """The powers of two that hold P and G, and how many of A, P, D and G a program takes at a time.
+
+    part_a: of A where P is 196. These sizes were the fastest of those tried on an H100.
+    """
     PP, GG = triton.next_power_of_2(P), triton.next_power_of_2(G)
-    return PP, GG, max(8192 // PP, 8), max(4096 // GG, 4), max(16384 // GG, 16), max(4096 // PP, 4)
+    return PP, GG, max(256 * part_a // PP, 4), max(4096 // GG, 4), max(8192 // GG, 16), max(4096 // PP, 4)
 
 
-@triton.jit
-def attend(pre, grid, pool, keys, energy_weight, picture, alpha, cells, context, A: tl.constexpr,
+@triton.jit(do_not_specialize=("start",))
+def attend(pre, grid, pool, keys, energy_weight, picture, alpha, cells, context, start, A: tl.constexpr,
            D: tl.constexpr, H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, PP: tl.constexpr,
            GG: tl.constexpr, PART_A: tl.constexpr, PART_P: tl.constexpr, PART_D: tl.constexpr, PART_G: tl.constexpr):
     """A program a caption: pre -> alpha, cells, context."""
-    n = tl.program_id(0).to(tl.int64)
-    b = tl.load(picture + n)
+    b, n = tl.load(picture + tl.program_id(0)), start + tl.program_id(0).to(tl.int64)
     pre += n * (A + D + 4 * H)
     p, g = tl.arange(0, PP), tl.arange(0, GG)
 
@@ -173,29 +172,29 @@ def attend(pre, grid, pool, keys, energy_weight, picture, alpha, cells, context,
     tl.store(alpha + n * P + p, weights, p < P)
     tl.debug_barrier()  # what one thread has written others read
 
-    on_cells = tl.zeros([PART_P, GG], tl.float32)
+    by_pool = tl.zeros([PART_P, GG], tl.float32)
     for start in range(0, P, PART_P):
-        p = start + tl.arange(0, PART_P)
-        part = tl.load(alpha + n * P + p, p < P, 0)
-        on_cells += part[:, None] * tl.load(pool + p[:, None] * G + g, (p[:, None] < P) & (g < G), 0)
-    on_cells = tl.sum(on_cells, axis=0)
+        q = start + tl.arange(0, PART_P)
+        part = tl.load(alpha + n * P + q, q < P, 0)
+        by_pool += part[:, None] * tl.load(pool + q[:, None] * G + g, (q[:, None] < P) & (g < G), 0)
+    on_cells = tl.sum(by_pool, axis=0)
     tl.store(cells + n * G + g, on_cells, g < G)
     for start in range(0, D, PART_D):
         d = start + tl.arange(0, PART_D)
         beta = tl.sigmoid(tl.load(pre + A + d, d < D, 0).to(tl.float32))
-        a = tl.load(grid + b * G * D + g[:, None] * D + d, (g[:, None] < G) & (d < D), 0).to(tl.float32)
-        tl.store(context + n * D + d, beta * tl.sum(on_cells[:, None] * a, axis=0), d < D)  # Eq. 13, section 4.2.1
+        value = tl.load(grid + b * G * D + g[:, None] * D + d, (g[:, None] < G) & (d < D), 0).to(tl.float32)
+        tl.store(context + n * D + d, beta * tl.sum(on_cells[:, None] * value, axis=0), d < D)  # Eq. 13, section 4.2.1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("start",))
 def attend_gradient(grad_context, grad_alpha, pre, grid, pool, keys, energy_weight, picture, alpha, context, grad_pre,
-                    grad_energy, grad_cells, grad_raw, IS_TRAINED: tl.constexpr, A: tl.constexpr,
+                    grad_energy, grad_cells, grad_raw, start, IS_TRAINED: tl.constexpr, A: tl.constexpr,
                     D: tl.constexpr, H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, PP: tl.constexpr,
                     GG: tl.constexpr, PART_A: tl.constexpr, PART_P: tl.constexpr, PART_D: tl.constexpr,
                     PART_G: tl.constexpr):
     """A program a caption: the gradients of context and alpha -> of query, beta, energies, and the raw context."""
-    n = tl.program_id(0).to(tl.int64)
-    b = tl.load(picture + n)
+    m, b = tl.program_id(0).to(tl.int64), tl.load(picture + tl.program_id(0))
+    n = start + m
     pre += n * (A + D + 4 * H)
     grad_pre += n * (A + D + 4 * H)
     p, g = tl.arange(0, PP), tl.arange(0, GG)
@@ -203,22 +202,22 @@ def attend_gradient(grad_context, grad_alpha, pre, grid, pool, keys, energy_weig
     on_cells = tl.zeros([GG, PART_D], tl.float32)
     for start in range(0, D, PART_D):
         d = start + tl.arange(0, PART_D)
-        grad = tl.load(grad_context + n * D + d, d < D, 0).to(tl.float32)
+        grad = tl.load(grad_context + m * D + d, d < D, 0).to(tl.float32)
         beta = tl.sigmoid(tl.load(pre + A + d, d < D, 0).to(tl.float32))
         value = tl.load(context + n * D + d, d < D, 0).to(tl.float32)
         tl.store(grad_pre + A + d, grad * value * (1 - beta), d < D)
         if IS_TRAINED:
             tl.store(grad_raw + n * D + d, grad * beta, d < D)
-        a = tl.load(grid + b * G * D + g[:, None] * D + d, (g[:, None] < G) & (d < D), 0).to(tl.float32)
-        on_cells += a * (grad * beta)
+        cell_values = tl.load(grid + b * G * D + g[:, None] * D + d, (g[:, None] < G) & (d < D), 0).to(tl.float32)
+        on_cells += cell_values * (grad * beta)
     tl.store(grad_cells + n * G + g, tl.sum(on_cells, axis=1), g < G)
     tl.debug_barrier()
 
     by_pool = tl.zeros([PP, PART_G], tl.float32)
     for start in range(0, G, PART_G):
-        g = start + tl.arange(0, PART_G)
-        part = tl.load(grad_cells + n * G + g, g < G, 0)
-        by_pool += tl.load(pool + p[:, None] * G + g, (p[:, None] < P) & (g < G), 0) * part
+        k = start + tl.arange(0, PART_G)
+        part = tl.load(grad_cells + n * G + k, k < G, 0)
+        by_pool += tl.load(pool + p[:, None] * G + k, (p[:, None] < P) & (k < G), 0) * part
     grad = tl.load(grad_alpha + n * P + p, p < P, 0) + tl.sum(by_pool, axis=1)
     weights = tl.load(alpha + n * P + p, p < P, 0)
     grad = weights * (grad - tl.sum(weights * grad, axis=0))
@@ -256,20 +255,21 @@ def tanh(x):
     return 2 * tl.sigmoid(2 * x) - 1
 
 
-@triton.jit
-def cell(pre, word_gates, c_before, gates, h, c, SKIPPED: tl.constexpr, H: tl.constexpr, CELLS: tl.constexpr):
-    """A program a caption and CELLS units: Eq. 1 to 3."""
-    n, unit = tl.program_id(0).to(tl.int64), tl.program_id(1) * CELLS + tl.arange(0, CELLS)
-    inside = unit < H
+@triton.jit(do_not_specialize=("start", "c_start"))
+def cell(pre, word_gates, c_before, gates, h, c, start, c_start, SKIPPED: tl.constexpr, H: tl.constexpr,
+         HH: tl.constexpr):
+    """A program a caption: Eq. 1 to 3. HH: a power of two that holds H."""
+    row, unit = tl.program_id(0).to(tl.int64), tl.arange(0, HH)
+    n, inside = start + row, unit < H
     pre += n * (SKIPPED + 4 * H) + SKIPPED + unit
-    word_gates += n * 4 * H + unit
+    word_gates += row * 4 * H + unit
     gates += n * 4 * H + unit
     i = tl.sigmoid(tl.load(pre, inside, 0).to(tl.float32) + tl.load(word_gates, inside, 0).to(tl.float32))
     f = tl.sigmoid(tl.load(pre + H, inside, 0).to(tl.float32) + tl.load(word_gates + H, inside, 0).to(tl.float32))
     g = tanh(tl.load(pre + 2 * H, inside, 0).to(tl.float32) + tl.load(word_gates + 2 * H, inside, 0).to(tl.float32))
     o = tl.sigmoid(tl.load(pre + 3 * H, inside, 0).to(tl.float32)
                    + tl.load(word_gates + 3 * H, inside, 0).to(tl.float32))  # Eq. 1
-    state = f * tl.load(c_before + n * H + unit, inside, 0) + i * g  # Eq. 2
+    state = f * tl.load(c_before + (c_start + row) * H + unit, inside, 0) + i * g  # Eq. 2
     tl.store(gates, i, inside)
     tl.store(gates + H, f, inside)
     tl.store(gates + 2 * H, g, inside)
@@ -278,21 +278,22 @@ def cell(pre, word_gates, c_before, gates, h, c, SKIPPED: tl.constexpr, H: tl.co
     tl.store(h + n * H + unit, o * tanh(state), inside)  # Eq. 3
 
 
-@triton.jit
-def cell_gradient(grad_h, later_h, later_c, gates, c, c_before, grad_pre, SKIPPED: tl.constexpr, H: tl.constexpr,
-                  CELLS: tl.constexpr):
-    """A program a caption and CELLS units: the gradient of h -> of the gates before their nonlinearity; later_c too."""
-    n, unit = tl.program_id(0).to(tl.int64), tl.program_id(1) * CELLS + tl.arange(0, CELLS)
-    inside, place = unit < H, n * H + unit
+@triton.jit(do_not_specialize=("start", "c_start"))
+def cell_gradient(grad_h, later_h, later_c, gates, c, c_before, c_start, grad_pre, start, SKIPPED: tl.constexpr,
+                  H: tl.constexpr, HH: tl.constexpr):
+    """A program a caption: the gradient of h -> of the gates before their nonlinearity, and later_c."""
+    row, unit = tl.program_id(0).to(tl.int64), tl.arange(0, HH)
+    n, inside = start + row, unit < H
     gates += n * 4 * H + unit
     grad_pre += n * (SKIPPED + 4 * H) + SKIPPED + unit
     i, f = tl.load(gates, inside, 0), tl.load(gates + H, inside, 0)
     g, o = tl.load(gates + 2 * H, inside, 0), tl.load(gates + 3 * H, inside, 0)
-    state = tanh(tl.load(c + place, inside, 0))
-    grad = tl.load(grad_h + place, inside, 0).to(tl.float32) + tl.load(later_h + place, inside, 0).to(tl.float32)
-    grad_c = tl.load(later_c + place, inside, 0) + grad * o * (1 - state * state)
+    state = tanh(tl.load(c + n * H + unit, inside, 0))
+    grad = (tl.load(grad_h + n * H + unit, inside, 0).to(tl.float32)
+            + tl.load(later_h + row * H + unit, inside, 0).to(tl.float32))
+    grad_c = tl.load(later_c + row * H + unit, inside, 0) + grad * o * (1 - state * state)
     tl.store(grad_pre, grad_c * g * i * (1 - i), inside)
-    tl.store(grad_pre + H, grad_c * tl.load(c_before + place, inside, 0) * f * (1 - f), inside)
+    tl.store(grad_pre + H, grad_c * tl.load(c_before + (c_start + row) * H + unit, inside, 0) * f * (1 - f), inside)
     tl.store(grad_pre + 2 * H, grad_c * i * (1 - g * g), inside)
     tl.store(grad_pre + 3 * H, grad * state * o * (1 - o), inside)
-    tl.store(later_c + place, grad_c * f, inside)
+    tl.store(later_c + row * H + unit, grad_c * f, inside)

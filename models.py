@@ -71,7 +71,7 @@ class Encoder(nn.Module):
             float (B, S/32, S/32, D), rounded up.
         """
         x = images.permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory, as the convolutions like it
-        x = (x.float() - self.mean) / self.std
+        x = ((x.float() - self.mean) / self.std).to(next(self.resnet.parameters()).dtype)
         return self.resnet(x).permute(0, 2, 3, 1)
 
     def fine_tune(self, layers):
@@ -90,16 +90,20 @@ class Encoder(nn.Module):
             layer.eval()
         return self
 
-
-    def folded(self):
+    def folded(self, dtype=torch.float32):
         """The same function for an encoder that is not trained, faster: batch norms folded into the convolutions.
 
+        Args:
+            dtype (torch.dtype): float32; or bfloat16, which gives a grid of that type.
         Returns:
             Encoder, in eval mode; its state dict has other names. The numbers are the same up to rounding.
         """
         encoder = copy.deepcopy(self).eval()
         fold_batch_norms(encoder.resnet)
-        encoder.resnet.requires_grad_(False).to(memory_format=torch.channels_last)
+        conv1, _, _, maxpool, *layers = encoder.resnet
+        blocks = [fused(block) for layer in layers for block in layer]
+        encoder.resnet = nn.Sequential(FusedBlock([conv1]), maxpool, *blocks)
+        encoder.resnet.requires_grad_(False).to(dtype, memory_format=torch.channels_last)
         return encoder
 
 
@@ -113,6 +117,43 @@ def fold_batch_norms(module):
         else:
             fold_batch_norms(child)
         previous = name
+
+
+class FusedBlock(nn.Module):
+    """Convolutions in a row, each with its relu; the input, or `shortcut` of it, is added before the last relu.
+
+    On NVIDIA's GPUs a convolution, the addition and the relu are one kernel of cuDNN's.
+
+    Args:
+        convolutions (list of Conv2d). shortcut (Module or None: nothing is added).
+    """
+
+    def __init__(self, convolutions, shortcut=None):
+        super().__init__()
+        self.convolutions, self.shortcut = nn.ModuleList(convolutions), shortcut
+
+    def forward(self, x):
+        added = None if self.shortcut is None else self.shortcut(x)
+        for convolution in self.convolutions[:-1]:
+            x = convolve(convolution, x)
+        return convolve(self.convolutions[-1], x, added)
+
+
+def fused(block):
+    """torchvision's BasicBlock or Bottleneck, its batch norms folded, as a FusedBlock."""
+    convolutions = [module for name, module in block.named_children() if name.startswith("conv")]
+    return FusedBlock(convolutions, nn.Identity() if block.downsample is None else block.downsample)
+
+
+def convolve(convolution, x, added=None):
+    """relu(convolution(x) + added). Args: convolution (Conv2d). x: (N, C, h, w). added: of the result's shape."""
+    if not (x.is_cuda and torch.version.cuda):
+        x = convolution(x)
+        return (x if added is None else x.add_(added)).relu_()
+    arguments = convolution.bias, convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+    if added is None:
+        return torch.cudnn_convolution_relu(x, convolution.weight, *arguments)
+    return torch.cudnn_convolution_add_relu(x, convolution.weight, added, 1.0, *arguments)
 
 
 def load_resnet(name, weights):
@@ -354,40 +395,41 @@ class DecoderWithAttention(nn.Module):
         (B, K, T), lengths = captions[:, :, 1:].shape, caption_lengths.flatten() - 1
         order = lengths.argsort(descending=True, stable=True)[:int((lengths > 0).sum())]  # the N captions
         picture = order // K
-        place = picture * K + (picture.unsqueeze(1) == picture).tril(-1).sum(dim=1)
         real = torch.arange(T).unsqueeze(1) < lengths[order]  # (T, N): the first sizes[t] captions are open at step t
         sizes, (step, caption) = real.sum(dim=1).tolist(), real.nonzero(as_tuple=True)
         token = order[caption] * T + step  # (M,), which of the (B, K, T) each is, in the loop's order
         back = token.argsort()  # to the captions' order
-        on_cpu, (picture, place, token, back) = picture, (
-            x.to(grid.device, non_blocking=True) for x in (picture, place, token, back))
+        tokens = lengths.clamp(min=0).view(B, K).sum(dim=1)  # of each picture
+        plan = picture, token, back, tokens.cumsum(0)
+        picture, token, back, ends = torch.cat(plan).to(grid.device, non_blocking=True).split([len(x) for x in plan])
 
         words, targets = captions[:, :, :-1].flatten()[token], captions[:, :, 1:].flatten()[token]
         pixels = self.look(grid)
         h, c = (state[picture] for state in self.init_hidden_state(pixels))
         word_input = self.word_input(words)  # (M, 4H), in autocast's type where that is on
         if is_fused(pixels):
-            tokens = caption_lengths.sub(1).clamp(min=0).sum(dim=1)  # (B,), of each picture
             full_att = self.attention.full_att
             states, alphas = kernels.TimeLoop.apply(
                 *pixels, full_att.weight[0], full_att.bias, h, c, word_input, *self.step_weights(), sizes,
-                int(tokens.max()), picture, back, tokens.cumsum(0).to(grid.device, non_blocking=True))
+                int(tokens.max()), picture, back, ends)
         else:
-            counts = [torch.bincount(on_cpu[:n], minlength=B).tolist() for n in sizes]
-            states, alphas = self.time_loop(pixels, place, K, sizes, counts, word_input, h, c)
+            states, alphas = self.time_loop(pixels, plan[0], K, sizes, word_input, h, c)
         alphas = alphas.new_zeros(B * K * T, alphas.shape[1]).index_copy(0, token, alphas)
         return self.fc(self.dropout(states[back])), targets[back], alphas.unflatten(0, (B, K, T))
 
-    def time_loop(self, pixels, place, K, sizes, counts, word_input, h, c):
+    def time_loop(self, pixels, picture, K, sizes, word_input, h, c):
         """All steps of N captions.
 
         Args:
-            pixels (Pixels): of B pictures. place (N,), K: as of Open. sizes (list of T int): how many captions are
-                open, the first ones. counts (list of T lists of B int): how many of each picture. word_input: (M, 4H),
-                step by step. h, c: (N, H), before the first.
+            pixels (Pixels): of B pictures. picture: int64 (N,), on the CPU: whose the captions are, at most K of each.
+            sizes (list of T int): how many captions are open, the first ones. word_input: (M, 4H), step by step.
+            h, c: (N, H), before the first.
         Returns:
             h after every step, (M, H); alpha (M, P).
         """
+        place = picture * K + (picture.unsqueeze(1) == picture).tril(-1).sum(dim=1)
+        counts = [torch.bincount(picture[:n], minlength=len(pixels.grid)).tolist() for n in sizes]
+        place = place.to(h.device)
         h_weight, h_bias, context_weight = (x.to(word_input.dtype) for x in self.step_weights())
         hs, contexts, states, alphas = [], [], [], []
         biases = LateGradient.apply(h_bias.expand(len(word_input), -1), h_weight, hs).split(sizes)
