@@ -18,6 +18,7 @@ instead of one number, the words scored from the state alone, fc(dropout(h)), no
 last term of Eq. 14 as a mean over the pixels.
 """
 import copy
+import functools
 import math
 from typing import NamedTuple
 from urllib.error import URLError
@@ -280,11 +281,12 @@ class Open(NamedTuple):
     K: int
 
 
-def pool_matrix(height, width, size):
+@functools.cache
+def pool_matrix(height, width, size, device="cpu"):
     """Adaptive average pooling from height x width cells to size x size as a (size^2, height * width) matrix."""
     rows = F.adaptive_avg_pool1d(torch.eye(height), size).T  # (size, height)
     columns = F.adaptive_avg_pool1d(torch.eye(width), size).T
-    return torch.kron(rows, columns).contiguous()
+    return torch.kron(rows, columns).contiguous().to(device)
 
 
 def pixel_positions(image_size, encoded_image_size):
@@ -329,7 +331,7 @@ class DecoderWithAttention(nn.Module):
 
     def look(self, grid):
         """Everything about the pictures that no step changes. Args: grid (B, h, w, D). Returns: Pixels."""
-        pool = pool_matrix(*grid.shape[1:3], self.encoded_image_size).to(grid)
+        pool = pool_matrix(*grid.shape[1:3], self.encoded_image_size, grid.device)
         grid = grid.flatten(1, 2)
         attention = self.attention.encoder_att
         # The rows of pool sum to 1, so the bias may be added after pooling.
@@ -366,9 +368,8 @@ class DecoderWithAttention(nn.Module):
             h, c: (n, H); alpha: (n, P); context: (n, D), after its gate.
         """
         if is_fused(pixels):
-            out = kernels.empty_steps(len(h), *pixels, word_input)
-            kernels.step(*pixels, self.attention.full_att.weight[0], captions.place // captions.K, weights, word_input,
-                         h, c, out)
+            out, lengths = kernels.empty_steps(len(h), *pixels, word_input), captions.place.new_ones(len(h))
+            kernels.step(*pixels, self.attention.full_att.weight[0], weights, word_input, h, c, lengths, 0, out)
             return out.h, out.c, out.alpha, out.context
         h_weight, h_bias, context_weight = weights
         a_dim, d_dim = self.attention.decoder_att.out_features, self.f_beta.out_features
@@ -392,44 +393,38 @@ class DecoderWithAttention(nn.Module):
             scores (M, V) and targets (M,) of the M real tokens, <end> among them; alphas (B, K, T, P), 0 after a
             caption's end.
         """
-        (B, K, T), lengths = captions[:, :, 1:].shape, caption_lengths.flatten() - 1
-        order = lengths.argsort(descending=True, stable=True)[:int((lengths > 0).sum())]  # the N captions
-        picture = order // K
-        real = torch.arange(T).unsqueeze(1) < lengths[order]  # (T, N): the first sizes[t] captions are open at step t
-        sizes, (step, caption) = real.sum(dim=1).tolist(), real.nonzero(as_tuple=True)
-        token = order[caption] * T + step  # (M,), which of the (B, K, T) each is, in the loop's order
-        back = token.argsort()  # to the captions' order
-        tokens = lengths.clamp(min=0).view(B, K).sum(dim=1)  # of each picture
-        plan = picture, token, back, tokens.cumsum(0)
-        picture, token, back, ends = torch.cat(plan).to(grid.device, non_blocking=True).split([len(x) for x in plan])
-
-        words, targets = captions[:, :, :-1].flatten()[token], captions[:, :, 1:].flatten()[token]
+        T, lengths = captions.shape[2] - 1, (caption_lengths - 1).clamp(min=0)
+        token = (torch.arange(T) < lengths.unsqueeze(2)).flatten().nonzero().squeeze(1)  # (M,), which of the (B, K, T)
+        token = token.to(grid.device, non_blocking=True)
         pixels = self.look(grid)
-        h, c = (state[picture] for state in self.init_hidden_state(pixels))
-        word_input = self.word_input(words)  # (M, 4H), in autocast's type where that is on
         if is_fused(pixels):
-            full_att = self.attention.full_att
-            states, alphas = kernels.TimeLoop.apply(
-                *pixels, full_att.weight[0], full_att.bias, h, c, word_input, *self.step_weights(), sizes,
-                int(tokens.max()), picture, back, ends)
+            states, alphas = self.fused_time_loop(pixels, captions[:, :, :-1], lengths, token)
         else:
-            states, alphas = self.time_loop(pixels, plan[0], K, sizes, word_input, h, c)
-        alphas = alphas.new_zeros(B * K * T, alphas.shape[1]).index_copy(0, token, alphas)
-        return self.fc(self.dropout(states[back])), targets[back], alphas.unflatten(0, (B, K, T))
+            states, alphas = self.time_loop(pixels, captions[:, :, :-1], lengths)
+        return self.fc(self.dropout(states)), captions[:, :, 1:].flatten()[token], alphas
 
-    def time_loop(self, pixels, picture, K, sizes, word_input, h, c):
-        """All steps of N captions.
+    def time_loop(self, pixels, words, lengths):
+        """All steps of all captions; those that have ended drop out.
 
         Args:
-            pixels (Pixels): of B pictures. picture: int64 (N,), on the CPU: whose the captions are, at most K of each.
-            sizes (list of T int): how many captions are open, the first ones. word_input: (M, 4H), step by step.
-            h, c: (N, H), before the first.
+            pixels (Pixels): of B pictures. words: int64 (B, K, T), the true word before each. lengths: int64 (B, K), on
+                the CPU: a caption's steps.
         Returns:
-            h after every step, (M, H); alpha (M, P).
+            h after every real step, (M, H); alphas (B, K, T, P), 0 after a caption's end.
         """
+        (B, K, T), device = words.shape, words.device
+        order = lengths.flatten().argsort(descending=True, stable=True)[:int((lengths > 0).sum())]  # the N captions
+        picture = order // K
         place = picture * K + (picture.unsqueeze(1) == picture).tril(-1).sum(dim=1)
-        counts = [torch.bincount(picture[:n], minlength=len(pixels.grid)).tolist() for n in sizes]
-        place = place.to(h.device)
+        real = torch.arange(T).unsqueeze(1) < lengths.flatten()[order]  # (T, N): the first sizes[t] are open at step t
+        sizes, (step, caption) = real.sum(dim=1).tolist(), real.nonzero(as_tuple=True)
+        counts = [torch.bincount(picture[:n], minlength=B).tolist() for n in sizes]
+        token = order[caption] * T + step  # in the loop's order
+        back = token.argsort()  # to the captions' order
+        picture, place, token, back = (x.to(device, non_blocking=True) for x in (picture, place, token, back))
+
+        h, c = (state[picture] for state in self.init_hidden_state(pixels))
+        word_input = self.word_input(words.flatten()[token])  # (M, 4H), in autocast's type where that is on
         h_weight, h_bias, context_weight = (x.to(word_input.dtype) for x in self.step_weights())
         hs, contexts, states, alphas = [], [], [], []
         biases = LateGradient.apply(h_bias.expand(len(word_input), -1), h_weight, hs).split(sizes)
@@ -442,7 +437,20 @@ class DecoderWithAttention(nn.Module):
             contexts.append(context.detach())
             states.append(h)
             alphas.append(alpha)
-        return torch.cat(states), torch.cat(alphas)
+        alphas = torch.cat(alphas)
+        alphas = alphas.new_zeros(B * K * T, alphas.shape[1]).index_copy(0, token, alphas)
+        return torch.cat(states)[back], alphas.unflatten(0, (B, K, T))
+
+    def fused_time_loop(self, pixels, words, lengths, token):
+        """The same in kernels.py; token is where words are."""
+        B, K, T = words.shape
+        h, c = (state.repeat_interleave(K, dim=0) for state in self.init_hidden_state(pixels))
+        word_input = self.word_input(words.flatten(0, 1).T)  # (T, N, 4H)
+        full_att = self.attention.full_att
+        states, alphas = kernels.TimeLoop.apply(
+            *pixels, full_att.weight[0], full_att.bias, h, c, word_input, *self.step_weights(),
+            lengths.flatten().to(words.device, non_blocking=True), torch.is_grad_enabled())
+        return states.transpose(0, 1).flatten(0, 1)[token], alphas.transpose(0, 1).unflatten(0, (B, K))
 
 
 def is_fused(pixels):

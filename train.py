@@ -481,9 +481,9 @@ def frozen(encoder, config, device):
 
 
 class Replayed(torch.nn.Module):
-    """A module without gradients as a CUDA graph: its kernels are started all at once. For inputs of one shape.
+    """A module without gradients as a CUDA graph, whose kernels are started all at once, for inputs of one shape.
 
-    The result is overwritten by the next call's.
+    The result lasts until the next call.
     """
 
     def __init__(self, module):
@@ -494,13 +494,12 @@ class Replayed(torch.nn.Module):
     def forward(self, x):
         if self.graph is None:
             self.input, self.graph = x.clone(), torch.cuda.CUDAGraph()
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # what cuDNN sets up at its first calls must not be captured
-                self.module(self.input)
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self.graph):
+            self.module(x)  # what cuDNN sets up at its first call must not be recorded
+            # Other threads, which copy the next batches, may go on meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.output = self.module(self.input)
+        if x.shape != self.input.shape:
+            return self.module(x)
         self.input.copy_(x)
         self.graph.replay()
         return self.output
