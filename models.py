@@ -18,6 +18,7 @@ instead of one number, the words scored from the state alone, fc(dropout(h)), no
 last term of Eq. 14 as a mean over the pixels.
 """
 import copy
+import functools
 import math
 from typing import NamedTuple
 from urllib.error import URLError
@@ -32,6 +33,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from config import UserError
 from datasets import END, PAD, START, UNK
+
+try:
+    import kernels
+except ModuleNotFoundError:  # Triton comes with PyTorch for Linux; a GPU does without
+    kernels = None
 
 CACHED = 2**19  # numbers that a core's cache holds beside others
 
@@ -66,7 +72,7 @@ class Encoder(nn.Module):
             float (B, S/32, S/32, D), rounded up.
         """
         x = images.permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory, as the convolutions like it
-        x = (x.float() - self.mean) / self.std
+        x = ((x.float() - self.mean) / self.std).to(next(self.resnet.parameters()).dtype)
         return self.resnet(x).permute(0, 2, 3, 1)
 
     def fine_tune(self, layers):
@@ -85,16 +91,20 @@ class Encoder(nn.Module):
             layer.eval()
         return self
 
-
-    def folded(self):
+    def folded(self, dtype=torch.float32):
         """The same function for an encoder that is not trained, faster: batch norms folded into the convolutions.
 
+        Args:
+            dtype (torch.dtype): float32; or bfloat16, which gives a grid of that type.
         Returns:
             Encoder, in eval mode; its state dict has other names. The numbers are the same up to rounding.
         """
         encoder = copy.deepcopy(self).eval()
         fold_batch_norms(encoder.resnet)
-        encoder.resnet.requires_grad_(False).to(memory_format=torch.channels_last)
+        conv1, _, _, maxpool, *layers = encoder.resnet
+        blocks = [fused(block) for layer in layers for block in layer]
+        encoder.resnet = nn.Sequential(FusedBlock([conv1]), maxpool, *blocks)
+        encoder.resnet.requires_grad_(False).to(dtype, memory_format=torch.channels_last)
         return encoder
 
 
@@ -108,6 +118,43 @@ def fold_batch_norms(module):
         else:
             fold_batch_norms(child)
         previous = name
+
+
+class FusedBlock(nn.Module):
+    """Convolutions in a row, each with its relu; the input, or `shortcut` of it, is added before the last relu.
+
+    On NVIDIA's GPUs a convolution, the addition and the relu are one kernel of cuDNN's.
+
+    Args:
+        convolutions (list of Conv2d). shortcut (Module or None: nothing is added).
+    """
+
+    def __init__(self, convolutions, shortcut=None):
+        super().__init__()
+        self.convolutions, self.shortcut = nn.ModuleList(convolutions), shortcut
+
+    def forward(self, x):
+        added = None if self.shortcut is None else self.shortcut(x)
+        for convolution in self.convolutions[:-1]:
+            x = convolve(convolution, x)
+        return convolve(self.convolutions[-1], x, added)
+
+
+def fused(block):
+    """torchvision's BasicBlock or Bottleneck, its batch norms folded, as a FusedBlock."""
+    convolutions = [module for name, module in block.named_children() if name.startswith("conv")]
+    return FusedBlock(convolutions, nn.Identity() if block.downsample is None else block.downsample)
+
+
+def convolve(convolution, x, added=None):
+    """relu(convolution(x) + added). Args: convolution (Conv2d). x: (N, C, h, w). added: of the result's shape."""
+    if not (x.is_cuda and torch.version.cuda):
+        x = convolution(x)
+        return (x if added is None else x.add_(added)).relu_()
+    arguments = convolution.bias, convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+    if added is None:
+        return torch.cudnn_convolution_relu(x, convolution.weight, *arguments)
+    return torch.cudnn_convolution_add_relu(x, convolution.weight, added, 1.0, *arguments)
 
 
 def load_resnet(name, weights):
@@ -234,11 +281,12 @@ class Open(NamedTuple):
     K: int
 
 
-def pool_matrix(height, width, size):
+@functools.cache
+def pool_matrix(height, width, size, device="cpu"):
     """Adaptive average pooling from height x width cells to size x size as a (size^2, height * width) matrix."""
     rows = F.adaptive_avg_pool1d(torch.eye(height), size).T  # (size, height)
     columns = F.adaptive_avg_pool1d(torch.eye(width), size).T
-    return torch.kron(rows, columns)
+    return torch.kron(rows, columns).contiguous().to(device)
 
 
 def pixel_positions(image_size, encoded_image_size):
@@ -283,7 +331,7 @@ class DecoderWithAttention(nn.Module):
 
     def look(self, grid):
         """Everything about the pictures that no step changes. Args: grid (B, h, w, D). Returns: Pixels."""
-        pool = pool_matrix(*grid.shape[1:3], self.encoded_image_size).to(grid)
+        pool = pool_matrix(*grid.shape[1:3], self.encoded_image_size, grid.device)
         grid = grid.flatten(1, 2)
         attention = self.attention.encoder_att
         # The rows of pool sum to 1, so the bias may be added after pooling.
@@ -319,6 +367,10 @@ class DecoderWithAttention(nn.Module):
         Returns:
             h, c: (n, H); alpha: (n, P); context: (n, D), after its gate.
         """
+        if is_fused(pixels):
+            out, lengths = kernels.empty_steps(len(h), *pixels, word_input), captions.place.new_ones(len(h))
+            kernels.step(*pixels, self.attention.full_att.weight[0], weights, word_input, h, c, lengths, 0, out)
+            return out.h, out.c, out.alpha, out.context
         h_weight, h_bias, context_weight = weights
         a_dim, d_dim = self.attention.decoder_att.out_features, self.f_beta.out_features
         query, beta, gates = torch.addmm(h_bias, h, h_weight.T).split([a_dim, d_dim, 4 * h.shape[1]], dim=1)
@@ -341,21 +393,38 @@ class DecoderWithAttention(nn.Module):
             scores (M, V) and targets (M,) of the M real tokens, <end> among them; alphas (B, K, T, P), 0 after a
             caption's end.
         """
-        (B, K, T), lengths = captions[:, :, 1:].shape, caption_lengths.flatten() - 1
-        order = lengths.argsort(descending=True, stable=True)[:int((lengths > 0).sum())]  # the N captions
+        T, lengths = captions.shape[2] - 1, (caption_lengths - 1).clamp(min=0)
+        token = (torch.arange(T) < lengths.unsqueeze(2)).flatten().nonzero().squeeze(1)  # (M,), which of the (B, K, T)
+        token = token.to(grid.device, non_blocking=True)
+        pixels = self.look(grid)
+        if is_fused(pixels):
+            states, alphas = self.fused_time_loop(pixels, captions[:, :, :-1], lengths, token)
+        else:
+            states, alphas = self.time_loop(pixels, captions[:, :, :-1], lengths)
+        return self.fc(self.dropout(states)), captions[:, :, 1:].flatten()[token], alphas
+
+    def time_loop(self, pixels, words, lengths):
+        """All steps of all captions; those that have ended drop out.
+
+        Args:
+            pixels (Pixels): of B pictures. words: int64 (B, K, T), the true word before each. lengths: int64 (B, K), on
+                the CPU: a caption's steps.
+        Returns:
+            h after every real step, (M, H); alphas (B, K, T, P), 0 after a caption's end.
+        """
+        (B, K, T), device = words.shape, words.device
+        order = lengths.flatten().argsort(descending=True, stable=True)[:int((lengths > 0).sum())]  # the N captions
         picture = order // K
         place = picture * K + (picture.unsqueeze(1) == picture).tril(-1).sum(dim=1)
-        real = torch.arange(T).unsqueeze(1) < lengths[order]  # (T, N): the first sizes[t] captions are open at step t
+        real = torch.arange(T).unsqueeze(1) < lengths.flatten()[order]  # (T, N): the first sizes[t] are open at step t
         sizes, (step, caption) = real.sum(dim=1).tolist(), real.nonzero(as_tuple=True)
         counts = [torch.bincount(picture[:n], minlength=B).tolist() for n in sizes]
-        token = order[caption] * T + step  # (M,), which of the (B, K, T) each is, in the loop's order
+        token = order[caption] * T + step  # in the loop's order
         back = token.argsort()  # to the captions' order
-        picture, place, token, back = (x.to(grid.device, non_blocking=True) for x in (picture, place, token, back))
+        picture, place, token, back = (x.to(device, non_blocking=True) for x in (picture, place, token, back))
 
-        words, targets = captions[:, :, :-1].flatten()[token], captions[:, :, 1:].flatten()[token]
-        pixels = self.look(grid)
         h, c = (state[picture] for state in self.init_hidden_state(pixels))
-        word_input = self.word_input(words)  # (M, 4H), in autocast's type where that is on
+        word_input = self.word_input(words.flatten()[token])  # (M, 4H), in autocast's type where that is on
         h_weight, h_bias, context_weight = (x.to(word_input.dtype) for x in self.step_weights())
         hs, contexts, states, alphas = [], [], [], []
         biases = LateGradient.apply(h_bias.expand(len(word_input), -1), h_weight, hs).split(sizes)
@@ -368,9 +437,25 @@ class DecoderWithAttention(nn.Module):
             contexts.append(context.detach())
             states.append(h)
             alphas.append(alpha)
-        scores, alphas = self.fc(self.dropout(torch.cat(states)[back])), torch.cat(alphas)
+        alphas = torch.cat(alphas)
         alphas = alphas.new_zeros(B * K * T, alphas.shape[1]).index_copy(0, token, alphas)
-        return scores, targets[back], alphas.unflatten(0, (B, K, T))
+        return torch.cat(states)[back], alphas.unflatten(0, (B, K, T))
+
+    def fused_time_loop(self, pixels, words, lengths, token):
+        """The same in kernels.py; token is where words are."""
+        B, K, T = words.shape
+        h, c = (state.repeat_interleave(K, dim=0) for state in self.init_hidden_state(pixels))
+        word_input = self.word_input(words.flatten(0, 1).T)  # (T, N, 4H)
+        full_att = self.attention.full_att
+        states, alphas = kernels.TimeLoop.apply(
+            *pixels, full_att.weight[0], full_att.bias, h, c, word_input, *self.step_weights(),
+            lengths.flatten().to(words.device, non_blocking=True), torch.is_grad_enabled())
+        return states.transpose(0, 1).flatten(0, 1)[token], alphas.transpose(0, 1).unflatten(0, (B, K))
+
+
+def is_fused(pixels):
+    """Whether the time loop is left to kernels.py: on a GPU, where Triton is."""
+    return kernels is not None and kernels.are_usable(pixels.grid, pixels.pool)
 
 
 class LateGradient(torch.autograd.Function):

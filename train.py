@@ -109,9 +109,10 @@ def main():
         resume_optimizers(optimizers, checkpoint, args.flags, path)
     if world_size > 1 and device.type == "cuda" and config.fine_tune_encoder:
         encoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
-    # What sees the pictures; `encoder` is what is saved.
+    # What sees the pictures of validation, and of training; `encoder` is what is saved.
     eyes = encoder if config.fine_tune_encoder else encoder.folded()
-    trained = parallel(eyes, config.fine_tune_encoder, world_size), parallel(decoder, True, world_size)
+    trained = (parallel(encoder, world_size) if config.fine_tune_encoder else frozen(encoder, config, device),
+               parallel(decoder, world_size))
     if config.cache_features:
         trained = keep_features(train_set, encoder, config, device, rank, world_size), trained[1]
         eyes = keep_features(valid_set, encoder, config, device, rank, world_size)
@@ -468,9 +469,40 @@ def parameters(optimizers):
     return [p for optimizer in optimizers.values() for group in optimizer.param_groups for p in group["params"]]
 
 
-def parallel(module, is_trained, world_size):
+def parallel(module, world_size):
     """Wrap a module so that its gradients are averaged over the processes, where that is needed."""
-    return DistributedDataParallel(module) if is_trained and world_size > 1 else module
+    return DistributedDataParallel(module) if world_size > 1 else module
+
+
+def frozen(encoder, config, device):
+    """The encoder as it is run while only the decoder is trained. Returns: Module of the same function."""
+    encoder = encoder.folded(torch.bfloat16 if precision(config, device) == "bfloat16" else torch.float32)
+    return Replayed(encoder) if device.type == "cuda" else encoder
+
+
+class Replayed(torch.nn.Module):
+    """A module without gradients as a CUDA graph, whose kernels are started all at once, for inputs of one shape.
+
+    The result lasts until the next call.
+    """
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.graph = module, None
+
+    @torch.no_grad()
+    def forward(self, x):
+        if self.graph is None:
+            self.input, self.graph = x.clone(), torch.cuda.CUDAGraph()
+            self.module(x)  # what cuDNN sets up at its first call must not be recorded
+            # Other threads, which copy the next batches, may go on meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.output = self.module(self.input)
+        if x.shape != self.input.shape:
+            return self.module(x)
+        self.input.copy_(x)
+        self.graph.replay()
+        return self.output
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     python benchmarks/run.py train                        # one group: preprocess, train, eval or scaling
     python benchmarks/run.py all --json results.json      # `make bench`; about a quarter of an hour on two cores
+    python benchmarks/run.py epoch                        # a whole epoch of AI Challenger's size, on a GPU
     python benchmarks/run.py scaling --plot scaling.png   # time and memory against batch, caption length, vocabulary
 
 Each case runs the two sides in processes of their own, in turns, so that what else the machine does befalls both. A
@@ -15,10 +16,13 @@ matrix product, and the bytes that its products and convolutions read and write,
 """
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,13 +44,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scr
 import pre_process  # noqa: E402
 from benchmarks import reference  # noqa: E402
 from config import Config, UserError, run  # noqa: E402
-from datasets import END, PAD, START, UNK  # noqa: E402
+from datasets import END, PAD, START, UNK, CaptionDataset, make_loader  # noqa: E402
 from models import DecoderWithAttention, Encoder, beam_search, caption_loss  # noqa: E402
-from train import make_optimizers, mixed_precision, parameters  # noqa: E402
+from train import (KeptFeatures, Replayed, frozen, make_optimizers, mixed_precision, parameters,  # noqa: E402
+                   train_one_epoch)
 from utils import keep_freed_memory  # noqa: E402
 
 CONFIG = Config(encoder_weights="none", dropout=0.0)  # dropout draws other numbers on each side
-PICTURES, K, TOKENS, V = 12, 5, (10, 21), 9000
+PICTURES, K, TOKENS, V = dict(cpu=12, cuda=CONFIG.batch_size), 5, (10, 21), 9000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,12 +62,13 @@ def make_word_map(size):
     return {word: number for number, word in enumerate([PAD, *(f"w{i}" for i in range(size - 4)), UNK, START, END])}
 
 
-def make_batch(pictures, tokens, vocab_size, device):
+def make_batch(pictures, tokens, vocab_size, device, images=True):
     """Random captions with so many (lowest, highest) tokens, and pictures. Returns: images, captions, lengths (CPU)."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(tokens[0], tokens[1] + 1, (pictures, K), generator=generator) + 1
     captions = torch.randint(1, vocab_size - 3, (pictures, K, tokens[1] + 1), generator=generator)
-    images = torch.randint(0, 256, (pictures, 256, 256, 3), generator=generator, dtype=torch.uint8)
+    size = (pictures if images else 0, 256, 256, 3)
+    images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
     return images.to(device), captions.to(device), lengths
 
 
@@ -86,14 +92,14 @@ def make_decoder(vocab_size, side, word_map=None):
 
 
 def make_encoder(side):
-    """The same frozen ResNet-101 for both sides."""
+    """The same ResNet-101 for both sides."""
     torch.manual_seed(0)
     encoder = Encoder(CONFIG.encoder, "none")
     for module in encoder.modules():  # random residuals would add up to numbers that no trained network has
         if isinstance(module, torchvision.models.resnet.Bottleneck):
             torch.nn.init.constant_(module.bn3.weight, 0.1)
     if side == "product":
-        return encoder.folded()
+        return encoder
     plain = reference.Encoder(CONFIG.encoder, CONFIG.encoded_image_size)
     plain.load_state_dict(encoder.state_dict())
     return plain.eval().requires_grad_(False)
@@ -136,7 +142,7 @@ def make_photograph(rng, size):
 # Cases: each gives a function that does one turn, and one that says, after the first, what both sides must agree in
 
 
-def train_case(side, device, encoder="none", precision="float32", pictures=PICTURES, tokens=TOKENS, vocab_size=V):
+def train_case(side, device, encoder="none", precision="float32", pictures=None, tokens=TOKENS, vocab_size=V):
     """A training step, with clipping and Adam, from images or from their features on.
 
     Args:
@@ -144,9 +150,12 @@ def train_case(side, device, encoder="none", precision="float32", pictures=PICTU
         encoder (str): none (both have the features), frozen (both run it), or kept (the product has the features).
     """
     config = Config(encoder_weights="none", dropout=0.0, precision=precision)
+    pictures = pictures or PICTURES[device.type]
     images, captions, lengths = make_batch(pictures, tokens, vocab_size, device)
     decoder = make_decoder(vocab_size, side).to(device).train()
     model = make_encoder(side).to(device) if encoder != "none" else None
+    if model and side == "product":
+        model = frozen(model, config, device)
     features = make_features(pictures, device) if encoder == "none" else None
     result = {}
     if side == "reference":
@@ -191,9 +200,12 @@ def train_case(side, device, encoder="none", precision="float32", pictures=PICTU
 
 def eval_case(side, device, encoder, beam_size=5, pictures=64):
     """Captions of 64 pictures by beam search, from images or from their features on."""
+    torch.backends.cudnn.allow_tf32 = False  # for both sides, whose captions shall be equal to the last
     word_map = make_word_map(V)
     decoder = make_decoder(V, side, word_map).to(device).eval()
     model = make_encoder(side).to(device) if encoder else None
+    if model and side == "product":
+        model = model.folded()
     images, features = make_batch(pictures, TOKENS, V, device)[0], make_features(pictures, device).float()
     max_len, result = CONFIG.max_len, []
 
@@ -281,6 +293,7 @@ def answer(connection, make, side, device):
     memory_of_first, result = None, None
     for order in iter(connection.recv, "stop"):
         if order == "count":  # operations and bytes of one turn
+            Replayed.forward = lambda self, x: self.module(x)  # a graph's cannot be counted
             with FlopCounterMode(display=False) as flops, CountBytes() as traffic:
                 turn()
             connection.send((flops.get_total_flops(), traffic.total))
@@ -383,12 +396,84 @@ def check(name, expected, found):
         loss = abs(found["loss"] / expected["loss"] - 1)
         gradient = np.linalg.norm(found["gradient"] - expected["gradient"]) / np.linalg.norm(expected["gradient"])
         # bfloat16 has 8 bits, and kept features are fp16 of 11.
-        limits = {"train_frozen_bf16": (1e-2, 1e-1), "train_kept_features": (1e-3, 1e-2)}.get(name, (1e-5, 1e-4))
+        rough = {"train_frozen_bf16": (1e-2, 1e-1), "train_kept_features": (1e-3, 1e-2)}
+        if torch.cuda.is_available():  # whose convolutions round float32 to TF32, of 11 bits
+            rough["train_frozen_fp32"] = rough["train_kept_features"]
+        limits = rough.get(name, (1e-5, 1e-4))
         right = loss < limits[0] and gradient < limits[1]
         what = f"loss by {loss:.1e}, gradient by {gradient:.1e}"
     print(f"{name}: both sides {'agree' if right else 'differ'} ({what})", file=sys.stderr, flush=True)
     if not right:
         raise UserError(f"{name}: the product does not give what the reference gives: {what}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole epochs
+
+
+class RandomDataset(CaptionDataset):
+    """Random pictures and captions in AI Challenger's sizes; pictures repeat, but lie in a file of full length."""
+
+    def __init__(self, path, pictures):
+        self.path, self.offset, self.shape = path, 0, (pictures, 256, 256, 3)
+        self.image_ids = range(pictures)
+        _, captions, lengths = make_batch(pictures, TOKENS, V, "cpu", images=False)
+        self.captions, self.caption_lengths = captions, lengths
+
+
+def epoch(device, pictures, batch_size, workers):
+    """Time train_one_epoch: with the frozen encoder, with kept features, and with the encoder trained too."""
+    print(f"{pictures} pictures, batches of {batch_size}, {workers} workers\n")
+    print("| epoch | s | images/s | device busy | GiB |\n|---|---|---|---|---|", flush=True)
+    with tempfile.NamedTemporaryFile(suffix=".h5") as file:
+        some = np.random.default_rng(0).integers(0, 256, (min(pictures, 4096), 256, 256, 3), np.uint8).tobytes()
+        for start in range(0, pictures, 4096):
+            file.write(some[:(pictures - start) * 256 * 256 * 3])
+        file.flush()
+        for kind in ("frozen", "kept", "fine-tuned"):
+            config = Config(encoder_weights="none", precision="auto", batch_size=batch_size, workers=workers,
+                            fine_tune_encoder=kind == "fine-tuned")
+            dataset = RandomDataset(Path(file.name), pictures if kind != "fine-tuned" else pictures // 8)
+            encoder, decoder = (model.to(device) for model in (make_encoder("product"), make_decoder(V, "product")))
+            encoder.fine_tune("top" if kind == "fine-tuned" else "none")
+            optimizers = make_optimizers(config, encoder, decoder)
+            if kind == "kept":
+                held = torch.empty(pictures, 8, 8, 2048, dtype=torch.float16, device=device)
+                for part in held.split(4096):
+                    part.copy_(make_features(len(part), device))
+                encoder, dataset.begins_with = KeptFeatures(held), "rows"
+            elif kind == "frozen":
+                encoder = frozen(encoder, config, device)
+            loader = make_loader(dataset, config, True)
+            for first in (max(len(loader) - 20, 0), 0):  # the last batches alone to begin with, for what is set up then
+                sums = {name: torch.zeros(6, dtype=torch.float64, device=device) for name in ("totals", "recent")}
+                state = dict(epoch=0, batch=first, step=0, seconds=0.0, reading={}, **sums)
+                memory(device, reset=True)
+                with Usage() as usage:
+                    start = time.perf_counter()
+                    train_one_epoch(encoder, decoder, optimizers, loader, config, state, None, lambda: None)
+                    seconds = time.perf_counter() - start
+            n = len(dataset)
+            print(f"| {kind} | {seconds:.1f} | {n / seconds:.0f} | {usage.mean:.0f}% | {memory(device) / 2**30:.1f} |",
+                  flush=True)
+            held = encoder = decoder = optimizers = loader = None
+
+
+class Usage:
+    """The share of time in which the GPU worked, in %, as nvidia-smi says; nan without it."""
+
+    def __enter__(self):
+        command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200"]
+        self.process = None
+        if shutil.which(command[0]):
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *error):
+        if self.process:
+            self.process.terminate()
+        values = [int(line) for line in self.process.communicate()[0].split() if line.isdigit()] if self.process else []
+        self.mean = sum(values) / len(values) if values else math.nan
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,9 +556,12 @@ def scaling(device, rounds, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("group", nargs="?", default="all", choices=(*CASES, "scaling", "all"))
+    parser.add_argument("group", nargs="?", default="all", choices=(*CASES, "epoch", "scaling", "all"))
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side that count (5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--pictures", type=int, default=210_000, help="of an epoch (210000)")
+    parser.add_argument("--batch_size", type=int, default=CONFIG.batch_size, help=f"of an epoch ({CONFIG.batch_size})")
+    parser.add_argument("--workers", type=int, default=CONFIG.workers, help=f"of an epoch ({CONFIG.workers})")
     parser.add_argument("--json", metavar="FILE", help="also write the table here")
     parser.add_argument("--plot", metavar="FILE", default=Path(__file__).parent / "scaling.png",
                         help="where scaling draws its curves (benchmarks/scaling.png)")
@@ -483,6 +571,8 @@ def main():
         f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()} {chip}, Python {platform.python_version()}, torch "
           f"{torch.__version__}, torchvision {torchvision.__version__}; {args.rounds} rounds")
+    if args.group == "epoch":
+        return epoch(device, args.pictures, args.batch_size, args.workers)
     if args.group == "scaling":
         return scaling(device, args.rounds, args.plot)
     rates = measure_rates(device)

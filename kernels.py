@@ -1,0 +1,373 @@
+"""The time loop of models.DecoderWithAttention for GPUs, fused: same numbers as there, where every step is spelled out.
+
+PyTorch starts some twenty kernels for a step and forty for its gradient, most of them too small for a GPU, and writes
+the attention's hidden layer, (B, K, P, A), to memory. Here a step is two matrix products and two kernels of our own:
+`attend`, in which a program makes the hidden layer of one caption piece by piece in registers (Eq. 4 to 13), and `cell`
+(Eq. 1 to 3). What all steps add to, the gradients of weights, keys and grids, is summed after the loop. Matrix products
+are in the type of the words' input, bfloat16 under autocast; everything else is worked out in float32. All captions go
+through all steps, as zeros after their end, so that loops of one length start the same kernels every time: in training
+these are recorded as a CUDA graph and started all at once.
+
+Symbols as in models.py; N = B K captions, W = A + D + 4H what h is multiplied to: query, beta, gates.
+"""
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+
+def are_usable(grid, pool):
+    """Whether the kernels can do it: on a GPU, where a caption's attention fits into registers."""
+    return grid.is_cuda and max(pool.shape) <= 1024
+
+
+class Steps(NamedTuple):
+    """What steps of captions work out, a row each."""
+
+    pre: torch.Tensor  # (n, W): query, beta before its sigmoid, h's part of the gates
+    alpha: torch.Tensor  # float32 (n, P)
+    cells: torch.Tensor  # float32 (n, G): alpha @ pool
+    context: torch.Tensor  # (n, D), after its gate
+    gates: torch.Tensor  # float32 (n, 4H): i, f, g, o
+    h: torch.Tensor  # (n, H)
+    c: torch.Tensor  # float32 (n, H)
+
+
+def empty_steps(n, grid, pool, keys, like):
+    """Room for n rows, in the type of `like`, which is (..., 4H)."""
+    (P, G), D, A, H = pool.shape, grid.shape[2], keys.shape[2], like.shape[-1] // 4
+    exact = torch.float32
+    return Steps(*(torch.empty(n, width, dtype=dtype, device=like.device) for width, dtype in (
+        (A + D + 4 * H, like.dtype), (P, exact), (G, exact), (D, like.dtype), (4 * H, exact), (H, like.dtype),
+        (H, exact))))
+
+
+def step(grid, pool, keys, energy_weight, weights, word_input, h, c, lengths, t, out):
+    """models.DecoderWithAttention.step of all K captions of each picture.
+
+    Args:
+        grid, pool, keys: as of models.Pixels. energy_weight: full_att's, (A,). weights: as of step_weights. word_input:
+            (N, 4H). h, c: (N, H). pool, energy_weight and c are float32, all else of one type, to multiply in.
+        lengths: int64 (N,); a caption of no more than t (int) steps has ended, and gives zeros.
+        out (Steps): its N rows are filled.
+    """
+    h_weight, h_bias, context_weight = weights
+    (B, P, A), (G, D), (N, H) = keys.shape, grid.shape[1:], h.shape
+    torch.addmm(h_bias, h, h_weight.T, out=out.pre)
+    attend[(N,)](out.pre, grid, pool, keys, energy_weight, lengths, t, out.alpha, out.cells, out.context, N // B, A, D,
+                 H, P, G, *tile_sizes(P, G, 16), num_warps=4)
+    gates = torch.addmm(word_input, out.context, context_weight.T)
+    cell[(N,)](out.pre, gates, c, lengths, t, out.gates, out.h, out.c, A + D, H, triton.next_power_of_2(H))
+
+
+class Loop:
+    """The buffers of a loop of at most T steps, and what runs over them; a CUDA graph of each length it meets again.
+
+    Args:
+        grid, pool, keys, energy_weight, h, c, word_input, h_weight, h_bias, context_weight, lengths: as of TimeLoop.
+    """
+
+    def __init__(self, grid, pool, keys, energy_weight, h, c, word_input, h_weight, h_bias, context_weight, lengths):
+        self.T, N, _ = word_input.shape
+        like, exact = word_input.dtype, torch.float32
+        types = (like, exact, like, exact, like, exact, like, like, like, like, torch.int64)
+        given = grid, pool, keys, energy_weight, h, c, word_input, h_weight, h_bias, context_weight, lengths
+        self.inputs = [torch.empty(x.shape, dtype=dtype, device=x.device) for x, dtype in zip(given, types)]
+        self.steps = empty_steps(self.T * N, grid, pool, keys, word_input)
+        self.grad_pre, self.grad_energy = torch.empty_like(self.steps.pre), torch.empty_like(self.steps.alpha)
+        self.grad_h, self.grad_alpha = torch.empty_like(self.steps.h), torch.empty_like(self.steps.alpha)
+        self.grad_cells = torch.empty_like(self.steps.cells)
+        self.grad_raw = torch.empty_like(self.steps.context)  # of the context before its gate
+        self.later_h, self.later_c = (torch.empty_like(x) for x in self.inputs[4:6])  # what later steps hand back
+        self.graphs, self.is_in_use = {}, False
+
+    def rows(self, t, buffers):
+        """The rows of step t."""
+        N = len(self.later_h)
+        return [x[t * N:(t + 1) * N] for x in buffers]
+
+    def forward(self, T):
+        *pixels, h, c, word_input, h_weight, h_bias, context_weight, lengths = self.inputs
+        for t in range(T):
+            out = Steps(*self.rows(t, self.steps))
+            step(*pixels, (h_weight, h_bias, context_weight), word_input[t], h, c, lengths, t, out)
+            h, c = out.h, out.c
+
+    def backward(self, T):
+        grid, pool, keys, energy_weight, _, c, _, h_weight, _, context_weight, lengths = self.inputs
+        (B, P, A), (G, D), (N, H) = keys.shape, grid.shape[1:], c.shape
+        self.later_h.zero_()
+        self.later_c.zero_()
+        for t in reversed(range(T)):
+            pre, alpha, _, context, gates, _, c_now = self.rows(t, self.steps)
+            grad_pre, grad_h, grad_alpha, grad_energy, grad_cells, grad_raw = self.rows(t, (
+                self.grad_pre, self.grad_h, self.grad_alpha, self.grad_energy, self.grad_cells, self.grad_raw))
+            c_before = self.rows(t - 1, [self.steps.c])[0] if t else c
+            cell_gradient[(N,)](grad_h, self.later_h, self.later_c, gates, c_now, c_before, lengths, t, grad_pre, A + D,
+                                H, triton.next_power_of_2(H))
+            grad_context = grad_pre[:, A + D:] @ context_weight
+            attend_gradient[(N,)](grad_context, grad_alpha, pre, grid, pool, keys, energy_weight, lengths, t, alpha,
+                                  context, grad_pre, grad_energy, grad_cells, grad_raw, N // B, A, D, H, P, G,
+                                  *tile_sizes(P, G, 64), num_warps=4)
+            torch.mm(grad_pre, h_weight, out=self.later_h)
+
+    def run(self, what, T):
+        """Run forward or backward: as it is the first time, from then on as a graph."""
+        if (what, T) not in self.graphs:
+            self.graphs[what, T] = None
+            return getattr(self, what)(T)
+        if not self.graphs[what, T]:
+            self.graphs[what, T] = torch.cuda.CUDAGraph()
+            # Other threads, which copy the next batches, may go on meanwhile.
+            with torch.cuda.graph(self.graphs[what, T], capture_error_mode="thread_local"):
+                getattr(self, what)(T)
+        self.graphs[what, T].replay()
+
+
+loops = {}  # the one of the last shapes
+
+
+def find_loop(*given):
+    """A loop with room for these inputs: the last one, where it fits and is free. Args: as of Loop."""
+    word_input, rest = given[6], [*given[:6], *given[7:]]
+    shapes = word_input.device, word_input.dtype, word_input.shape[1:], *(x.shape for x in rest)
+    loop = loops.get(shapes)
+    if loop is None or loop.T < len(word_input) or loop.is_in_use:
+        loop = Loop(*given)
+        loops.clear()
+        loops[shapes] = loop
+    return loop
+
+
+class TimeLoop(torch.autograd.Function):
+    """The loop of models.DecoderWithAttention.forward and its gradient, back through time.
+
+    grid (B, G, D), pool (P, G), keys (B, P, A), energy_weight (A,) and its bias (1,), which a softmax ignores, h and c
+    (N, H) before the loop, word_input (T, N, 4H), h_weight (W, H), h_bias (W,), context_weight (4H, D), lengths: int64
+    (N,), how many steps each caption has; is_trained (bool): whether the gradient will be asked for, and the next loop
+    is likely to be of the same shapes -> h after every step, (T, N, H), and alpha, float32 (T, N, P), 0 after a
+    caption's end.
+    """
+
+    @staticmethod
+    def forward(ctx, grid, pool, keys, energy_weight, energy_bias, h, c, word_input, h_weight, h_bias, context_weight,
+                lengths, is_trained):
+        T, N, _ = word_input.shape
+        given = grid, pool, keys, energy_weight, h, c, word_input, h_weight, h_bias, context_weight, lengths
+        loop = find_loop(*given) if is_trained else Loop(*given)
+        for mine, x in zip(loop.inputs, given):
+            mine[:len(x)].copy_(x)
+        loop.run("forward", T)
+        ctx.loop, ctx.T, loop.is_in_use = loop, T, is_trained
+        return tuple(x[:T * N].view(T, N, -1).clone() for x in (loop.steps.h, loop.steps.alpha))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_h, grad_alpha):
+        loop, T = ctx.loop, ctx.T
+        grid, _, keys, energy_weight, h, *_, lengths = loop.inputs
+        (B, P, A), D, (N, H) = keys.shape, grid.shape[2], h.shape
+        loop.grad_h[:T * N].view(T, N, H).copy_(grad_h)
+        loop.grad_alpha[:T * N].view(T, N, P).copy_(grad_alpha)
+        loop.run("backward", T)
+
+        parts, rows = triton.cdiv(P, KEYS), slice(T * N)
+        grad_keys = torch.empty_like(keys, dtype=torch.float32)
+        grad_energy_weight = grad_keys.new_empty(B, parts, A)
+        keys_gradient[(B, parts, triton.cdiv(A, KEYS))](
+            loop.grad_energy, loop.steps.pre, keys, energy_weight, lengths, grad_keys, grad_energy_weight, N, N // B, A,
+            A + D + 4 * H, P, KEYS)
+        grad_grid = None
+        if ctx.needs_input_grad[0]:  # of each picture, the sum over its captions and their steps
+            cells, raw = (x[rows].view(T, B, N // B, -1).transpose(0, 1).flatten(1, 2)
+                          for x in (loop.steps.cells, loop.grad_raw))
+            grad_grid = cells.to(raw).transpose(1, 2) @ raw
+        grad_pre, h_before = loop.grad_pre[rows], torch.cat([h, loop.steps.h[:(T - 1) * N]])
+        grad_gates = grad_pre[:, A + D:]
+        grads = (grad_grid, None, grad_keys, grad_energy_weight.sum(dim=(0, 1)), grad_keys.new_zeros(1),
+                 loop.later_h.clone(), loop.later_c.clone(), grad_gates.reshape(T, N, 4 * H), grad_pre.T @ h_before,
+                 grad_pre.sum(dim=0, dtype=torch.float32), grad_gates.T @ loop.steps.context[rows], None, None)
+        loop.is_in_use = False
+        return grads
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels
+
+KEYS = 64  # pixels, and units of the attention, in a program of keys_gradient
+
+
+def tile_sizes(P, G, part_a):
+    """The powers of two that hold P and G, and how many of A, P, D and G a program takes at a time.
+
+    part_a: of A where P is 196. These sizes were the fastest of those tried on an H100.
+    """
+    PP, GG = triton.next_power_of_2(P), triton.next_power_of_2(G)
+    return PP, GG, max(256 * part_a // PP, 4), max(4096 // GG, 4), max(8192 // GG, 16), max(4096 // PP, 4)
+
+
+@triton.jit(do_not_specialize=("t",))
+def attend(pre, grid, pool, keys, energy_weight, lengths, t, alpha, cells, context, K: tl.constexpr, A: tl.constexpr,
+           D: tl.constexpr, H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, PP: tl.constexpr,
+           GG: tl.constexpr, PART_A: tl.constexpr, PART_P: tl.constexpr, PART_D: tl.constexpr, PART_G: tl.constexpr):
+    """A program a caption: pre -> alpha, cells, context."""
+    n = tl.program_id(0).to(tl.int64)
+    b = n // K
+    pre += n * (A + D + 4 * H)
+    p, g = tl.arange(0, PP), tl.arange(0, GG)
+    if tl.load(lengths + n) <= t:
+        tl.store(alpha + n * P + p, tl.zeros([PP], tl.float32), p < P)
+        tl.store(cells + n * G + g, tl.zeros([GG], tl.float32), g < G)
+        for start in range(0, D, PART_D):
+            d = start + tl.arange(0, PART_D)
+            tl.store(context + n * D + d, tl.zeros([PART_D], tl.float32), d < D)
+        return
+
+    hidden = tl.zeros([PP, PART_A], tl.float32)
+    for start in range(0, A, PART_A):
+        a = start + tl.arange(0, PART_A)
+        query = tl.load(pre + a, a < A, 0).to(tl.float32)
+        weight = tl.load(energy_weight + a, a < A, 0)
+        key = tl.load(keys + b * P * A + p[:, None] * A + a, (p[:, None] < P) & (a < A), 0).to(tl.float32)
+        hidden += tl.maximum(key + query, 0) * weight
+    energy = tl.where(p < P, tl.sum(hidden, axis=1), -float("inf"))  # Eq. 4
+    weights = tl.exp(energy - tl.max(energy, axis=0))
+    weights /= tl.sum(weights, axis=0)  # Eq. 5
+    tl.store(alpha + n * P + p, weights, p < P)
+    tl.debug_barrier()  # what one thread has written others read
+
+    by_pool = tl.zeros([PART_P, GG], tl.float32)
+    for start in range(0, P, PART_P):
+        q = start + tl.arange(0, PART_P)
+        part = tl.load(alpha + n * P + q, q < P, 0)
+        by_pool += part[:, None] * tl.load(pool + q[:, None] * G + g, (q[:, None] < P) & (g < G), 0)
+    on_cells = tl.sum(by_pool, axis=0)
+    tl.store(cells + n * G + g, on_cells, g < G)
+    for start in range(0, D, PART_D):
+        d = start + tl.arange(0, PART_D)
+        beta = tl.sigmoid(tl.load(pre + A + d, d < D, 0).to(tl.float32))
+        value = tl.load(grid + b * G * D + g[:, None] * D + d, (g[:, None] < G) & (d < D), 0).to(tl.float32)
+        tl.store(context + n * D + d, beta * tl.sum(on_cells[:, None] * value, axis=0), d < D)  # Eq. 13, section 4.2.1
+
+
+@triton.jit(do_not_specialize=("t",))
+def attend_gradient(grad_context, grad_alpha, pre, grid, pool, keys, energy_weight, lengths, t, alpha, context,
+                    grad_pre, grad_energy, grad_cells, grad_raw, K: tl.constexpr, A: tl.constexpr, D: tl.constexpr,
+                    H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, PP: tl.constexpr, GG: tl.constexpr,
+                    PART_A: tl.constexpr, PART_P: tl.constexpr, PART_D: tl.constexpr, PART_G: tl.constexpr):
+    """A program a caption: the gradients of context and alpha -> of query, beta, energies, and the raw context."""
+    n = tl.program_id(0).to(tl.int64)
+    b = n // K
+    pre += n * (A + D + 4 * H)
+    grad_pre += n * (A + D + 4 * H)
+    p, g = tl.arange(0, PP), tl.arange(0, GG)
+    if tl.load(lengths + n) <= t:
+        tl.store(grad_energy + n * P + p, tl.zeros([PP], tl.float32), p < P)
+        for start in range(0, D, PART_D):
+            d = start + tl.arange(0, PART_D)
+            tl.store(grad_pre + A + d, tl.zeros([PART_D], tl.float32), d < D)
+            tl.store(grad_raw + n * D + d, tl.zeros([PART_D], tl.float32), d < D)
+        for start in range(0, A, PART_A):
+            a = start + tl.arange(0, PART_A)
+            tl.store(grad_pre + a, tl.zeros([PART_A], tl.float32), a < A)
+        return
+
+    on_cells = tl.zeros([GG, PART_D], tl.float32)
+    for start in range(0, D, PART_D):
+        d = start + tl.arange(0, PART_D)
+        grad = tl.load(grad_context + n * D + d, d < D, 0).to(tl.float32)
+        beta = tl.sigmoid(tl.load(pre + A + d, d < D, 0).to(tl.float32))
+        value = tl.load(context + n * D + d, d < D, 0).to(tl.float32)
+        tl.store(grad_pre + A + d, grad * value * (1 - beta), d < D)
+        tl.store(grad_raw + n * D + d, grad * beta, d < D)
+        cell_values = tl.load(grid + b * G * D + g[:, None] * D + d, (g[:, None] < G) & (d < D), 0).to(tl.float32)
+        on_cells += cell_values * (grad * beta)
+    tl.store(grad_cells + n * G + g, tl.sum(on_cells, axis=1), g < G)
+    tl.debug_barrier()
+
+    by_pool = tl.zeros([PP, PART_G], tl.float32)
+    for start in range(0, G, PART_G):
+        k = start + tl.arange(0, PART_G)
+        part = tl.load(grad_cells + n * G + k, k < G, 0)
+        by_pool += tl.load(pool + p[:, None] * G + k, (p[:, None] < P) & (k < G), 0) * part
+    grad = tl.load(grad_alpha + n * P + p, p < P, 0) + tl.sum(by_pool, axis=1)
+    weights = tl.load(alpha + n * P + p, p < P, 0)
+    grad = weights * (grad - tl.sum(weights * grad, axis=0))
+    tl.store(grad_energy + n * P + p, grad, p < P)
+    for start in range(0, A, PART_A):
+        a = start + tl.arange(0, PART_A)
+        query = tl.load(pre + a, a < A, 0).to(tl.float32)
+        weight = tl.load(energy_weight + a, a < A, 0)
+        key = tl.load(keys + b * P * A + p[:, None] * A + a, (p[:, None] < P) & (a < A), 0).to(tl.float32)
+        on_query = tl.sum(tl.where(key + query > 0, grad[:, None], 0), axis=0)
+        tl.store(grad_pre + a, on_query * weight, a < A)
+
+
+@triton.jit
+def keys_gradient(grad_energy, pre, keys, energy_weight, lengths, grad_keys, grad_energy_weight, N, K: tl.constexpr,
+                  A: tl.constexpr, W: tl.constexpr, P: tl.constexpr, KEYS: tl.constexpr):
+    """A program a picture and KEYS x KEYS of its keys: sums over the steps of the picture's captions."""
+    b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    p, a = part * KEYS + tl.arange(0, KEYS), tl.program_id(2) * KEYS + tl.arange(0, KEYS)
+    inside = (p[:, None] < P) & (a < A)
+    key = tl.load(keys + b * P * A + p[:, None] * A + a, inside, 0).to(tl.float32)
+    on_keys, on_weight = tl.zeros([KEYS, KEYS], tl.float32), tl.zeros([KEYS, KEYS], tl.float32)
+    for k in range(K):
+        for t in range(tl.load(lengths + b * K + k)):
+            row = b * K + k + t * N
+            grad = tl.load(grad_energy + row * P + p, p < P, 0)[:, None]
+            total = key + tl.load(pre + row * W + a, a < A, 0).to(tl.float32)
+            on_keys += tl.where(total > 0, grad, 0)
+            on_weight += grad * tl.maximum(total, 0)
+    tl.store(grad_keys + b * P * A + p[:, None] * A + a, on_keys * tl.load(energy_weight + a, a < A, 0), inside)
+    tl.store(grad_energy_weight + (b * tl.num_programs(1) + part) * A + a, tl.sum(on_weight, axis=0), a < A)
+
+
+@triton.jit
+def tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit(do_not_specialize=("t",))
+def cell(pre, word_gates, c_before, lengths, t, gates, h, c, SKIPPED: tl.constexpr, H: tl.constexpr, HH: tl.constexpr):
+    """A program a caption: Eq. 1 to 3. HH: a power of two that holds H."""
+    n, unit = tl.program_id(0).to(tl.int64), tl.arange(0, HH)
+    inside = unit < H
+    is_open = tl.load(lengths + n) > t
+    pre += n * (SKIPPED + 4 * H) + SKIPPED + unit
+    word_gates += n * 4 * H + unit
+    gates += n * 4 * H + unit
+    i = tl.sigmoid(tl.load(pre, inside, 0).to(tl.float32) + tl.load(word_gates, inside, 0).to(tl.float32))
+    f = tl.sigmoid(tl.load(pre + H, inside, 0).to(tl.float32) + tl.load(word_gates + H, inside, 0).to(tl.float32))
+    g = tanh(tl.load(pre + 2 * H, inside, 0).to(tl.float32) + tl.load(word_gates + 2 * H, inside, 0).to(tl.float32))
+    o = tl.sigmoid(tl.load(pre + 3 * H, inside, 0).to(tl.float32)
+                   + tl.load(word_gates + 3 * H, inside, 0).to(tl.float32))  # Eq. 1
+    state = f * tl.load(c_before + n * H + unit, inside, 0) + i * g  # Eq. 2
+    tl.store(gates, i, inside)
+    tl.store(gates + H, f, inside)
+    tl.store(gates + 2 * H, g, inside)
+    tl.store(gates + 3 * H, o, inside)
+    tl.store(c + n * H + unit, tl.where(is_open, state, 0), inside)
+    tl.store(h + n * H + unit, tl.where(is_open, o * tanh(state), 0), inside)  # Eq. 3
+
+
+@triton.jit(do_not_specialize=("t",))
+def cell_gradient(grad_h, later_h, later_c, gates, c, c_before, lengths, t, grad_pre, SKIPPED: tl.constexpr,
+                  H: tl.constexpr, HH: tl.constexpr):
+    """A program a caption: the gradient of h -> of the gates before their nonlinearity, and later_c."""
+    n, unit = tl.program_id(0).to(tl.int64), tl.arange(0, HH)
+    place, inside = n * H + unit, (unit < H) & (tl.load(lengths + n) > t)  # where a caption has ended all is 0
+    gates += n * 4 * H + unit
+    grad_pre += n * (SKIPPED + 4 * H) + SKIPPED + unit
+    i, f = tl.load(gates, inside, 0), tl.load(gates + H, inside, 0)
+    g, o = tl.load(gates + 2 * H, inside, 0), tl.load(gates + 3 * H, inside, 0)
+    state = tanh(tl.load(c + place, inside, 0))
+    grad = tl.load(grad_h + place, inside, 0).to(tl.float32) + tl.load(later_h + place, inside, 0).to(tl.float32)
+    grad_c = tl.load(later_c + place, inside, 0) + grad * o * (1 - state * state)
+    tl.store(grad_pre, grad_c * g * i * (1 - i), unit < H)
+    tl.store(grad_pre + H, grad_c * tl.load(c_before + place, inside, 0) * f * (1 - f), unit < H)
+    tl.store(grad_pre + 2 * H, grad_c * i * (1 - g * g), unit < H)
+    tl.store(grad_pre + 3 * H, grad * state * o * (1 - o), unit < H)
+    tl.store(later_c + place, grad_c * f, unit < H)
