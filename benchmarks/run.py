@@ -438,9 +438,10 @@ def epoch(device, pictures, batch_size, workers):
             encoder.fine_tune("top" if kind == "fine-tuned" else "none")
             optimizers = make_optimizers(config, encoder, decoder)
             if kind == "kept":
-                held = torch.empty(pictures, 8, 8, 2048, dtype=torch.float16, device=device)
-                for part in held.split(4096):
-                    part.copy_(make_features(len(part), device))
+                features = make_features(1024, device)
+                held = torch.empty(pictures, *features.shape[1:], dtype=torch.float16, device=device)
+                for part in held.split(1024):
+                    part.copy_(features[:len(part)])
                 encoder, dataset.begins_with = KeptFeatures(held), "rows"
             elif kind == "frozen":
                 encoder = frozen(encoder, config, device)
