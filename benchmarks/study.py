@@ -107,11 +107,12 @@ def curves(argv):
     """Args: the picture to write, then the log.jsonl files. Of logs/NAME/RUN/log.jsonl the curve is called NAME."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     axes = figure.subplots(1, 3)
-    for path in map(Path, argv[1:]):
+    for number, path in enumerate(map(Path, argv[1:])):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         epochs = [line["epoch"] for line in lines]
         for axis, name in zip(axes, ("CIDEr", "BLEU-4", "cross_entropy")):
-            axis.plot(epochs, [line["valid"][name] for line in lines], label=path.parents[1].name)
+            axis.plot(epochs, [line["valid"][name] for line in lines], "o--" if number >= 10 else "o-", markersize=3,
+                      label=path.parents[1].name)
             axis.set(xlabel="epoch", title=f"validation: {name}")
             axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
