@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
@@ -227,8 +228,8 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer,
         state (dict): `batch` batches of `epoch` are done; this, `step`, the sums and the last `reading` go on.
         writer (SummaryWriter or None): of the first process. pause (Pause).
     Returns:
-        dict: cross_entropy (nats a token), coverage (mean of (1 - sum of alpha)^2), loss, top5 (share of tokens),
-        images_per_s (over all processes).
+        dict: cross_entropy (nats a token, against labels smoothed as the config says), coverage (mean of (1 - sum of
+        alpha)^2), loss, top5 (share of tokens), images_per_s (over all processes).
     Raises:
         UserError: the loss is no longer finite; names epoch, step and pictures.
     """
@@ -246,9 +247,11 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer,
         torch.manual_seed((config.seed * 1_000_003 + state["step"]) * 1_009 + rank)
         images, captions = images.to(device, non_blocking=True), captions.to(device, non_blocking=True)
         counts = counts_of(lengths).to(device, non_blocking=True)
+        if config.augment:
+            images = augment(images)
         with mixed_precision(config, device):
             scores, targets, alphas = decoder(encoder(images), captions, lengths)
-            cross_entropy, coverage = caption_loss(scores, targets, alphas, lengths)
+            cross_entropy, coverage = caption_loss(scores, targets, alphas, lengths, config.label_smoothing)
         n_tokens, n_captions, _ = sum_over_processes(counts.clone()).clamp(min=1)
         # The gradients of all processes are averaged, where these parts of one loss want to be summed.
         loss = world_size * (cross_entropy / n_tokens + config.alpha_c * coverage / n_captions)
@@ -282,6 +285,22 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer,
                 log_scalars(writer, "train", state["reading"], state["step"])
         pause()
     return epoch_means(state["totals"], config, state["seconds"])
+
+
+def augment(images):
+    """A part of each picture in its place: 70 to 100 % of either side, anywhere, mirrored as often as not.
+
+    Args: uint8 (B, S, S, 3), on the device whose random numbers choose. Returns: the same.
+    """
+    B, device = len(images), images.device
+    scale, place = 0.7 + 0.3 * torch.rand(B, 2, device=device), 2 * torch.rand(B, 2, device=device) - 1
+    theta = torch.diag_embed(scale)  # (B, 2, 2); coordinates go from -1 to 1
+    theta[:, :, 0] *= torch.randint(2, (B, 1), device=device) * 2 - 1
+    theta = torch.cat([theta, ((1 - scale) * place).unsqueeze(2)], dim=2)
+    pixels = images.permute(0, 3, 1, 2).float()
+    grid = F.affine_grid(theta, pixels.shape, align_corners=False)
+    parts = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    return parts.round().byte().permute(0, 2, 3, 1)
 
 
 def mixed_precision(config, device):
@@ -442,12 +461,12 @@ def encode_half(encoder, images, rows, dataset):
 
 
 def make_optimizers(config, encoder, decoder):
-    """Adam for the decoder and, when fine-tuning, for the encoder. Returns: dict name -> Adam."""
-    optimizers = {"decoder": torch.optim.Adam(decoder.parameters(), lr=config.decoder_lr, fused=True)}
+    """Adam for the decoder and, when fine-tuning, for the encoder. Returns: dict name -> AdamW."""
+    trained = {"decoder": (decoder.parameters(), config.decoder_lr)}
     if config.fine_tune_encoder:
-        optimizers["encoder"] = torch.optim.Adam((p for p in encoder.parameters() if p.requires_grad),
-                                                 lr=config.encoder_lr, fused=True)
-    return optimizers
+        trained["encoder"] = [p for p in encoder.parameters() if p.requires_grad], config.encoder_lr
+    return {name: torch.optim.AdamW(weights, lr=rate, weight_decay=config.weight_decay, fused=True)
+            for name, (weights, rate) in trained.items()}
 
 
 def resume_optimizers(optimizers, checkpoint, flags, path):

@@ -1,0 +1,124 @@
+"""What the model learns, beside what it must be compared with: the same by reference.py, and captions of no model.
+
+    python benchmarks/study.py reference --preset flickr8k_cn --fine_tune_encoder true   # train.py's flags, all of them
+    python benchmarks/study.py baselines --preset flickr8k_cn --results baselines.json
+    python benchmarks/study.py curves curves.png logs/*/*/log.jsonl
+
+`reference` is train.py, but with a training step of reference.py in float32: the same initial weights, batches, losses,
+updates, rates and dropout (whose numbers fall elsewhere), validation and checkpoints, which eval.py and demo.py read.
+The images/s in an epoch's line are of its training steps. `baselines` scores captions that do not look at the picture,
+as eval.py does. `curves` draws the validation scores, greedy, of runs, named by the folders that hold them.
+"""
+import collections
+import json
+import random
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scripts are
+
+import train  # noqa: E402
+from benchmarks import reference  # noqa: E402
+from config import UserError, get_config, parse_args, run  # noqa: E402
+from datasets import CaptionDataset, load_word_map, write_text  # noqa: E402
+from eval import tokenize_references  # noqa: E402
+from models import build_models  # noqa: E402
+from scores import score  # noqa: E402
+
+DRAWS = 5  # of random captions
+CANDIDATES, PICTURES = 50, 500  # the one caption for all is among the most frequent, the best for so many pictures
+
+
+def main():
+    commands = dict(reference=train_reference, baselines=baselines, curves=curves)
+    name = sys.argv[1] if len(sys.argv) > 1 else None
+    if name not in commands:
+        raise UserError(f"study.py takes one of {', '.join(commands)}, then its flags")
+    commands[name](sys.argv[2:])
+
+
+def train_reference(argv):
+    sys.argv = [f"{sys.argv[0]} reference", "--precision", "float32", *argv]
+    train.build_models = build_plain
+    train.main()
+
+
+def build_plain(config, vocab_size, encoder_weights=None):
+    """As models.build_models: the same modules and initial weights, but in training reference.py works with them."""
+    if not config.fine_tune_encoder:
+        raise UserError("the reference is trained with its encoder: give --fine_tune_encoder true")
+    encoder, decoder = build_models(config, vocab_size, encoder_weights)
+    plain_encoder = reference.Encoder(config.encoder, config.encoded_image_size)
+    plain_encoder.resnet = encoder.resnet.to(memory_format=torch.contiguous_format)
+    plain_decoder = reference.DecoderWithAttention(config.attention_dim, config.emb_dim, config.decoder_dim,
+                                                   vocab_size, encoder.dim, config.dropout)
+    for plain, ours in ((plain_decoder, decoder), (plain_decoder.attention, decoder.attention)):
+        for name, child in ours.named_children():
+            if name != "attention":
+                setattr(plain, name, child)
+    fast_encoder, fast_decoder = encoder.forward, decoder.forward
+
+    def encode(images):
+        if not encoder.training:
+            return fast_encoder(images)
+        return plain_encoder(images.repeat_interleave(config.captions_per_image, 0))
+
+    def decode(grid, captions, caption_lengths):
+        if not decoder.training:
+            return fast_decoder(grid, captions, caption_lengths)
+        examples, lengths = captions.flatten(0, 1), caption_lengths.flatten()
+        scores, alphas = plain_decoder(grid, examples, lengths.to(grid.device))
+        real = torch.arange(scores.shape[1]) < (lengths - 1).unsqueeze(1)
+        return scores[real], examples[:, 1:scores.shape[1] + 1][real], alphas.unflatten(0, captions.shape[:2])
+
+    encoder.forward, decoder.forward = encode, decode
+    return encoder, decoder
+
+
+def baselines(argv):
+    """Captions of the training set given to validation pictures: drawn at random, and one for all."""
+    args = parse_args(__doc__, {"results": dict(metavar="FILE", help="where the scores go")}, argv)
+    config = get_config(args.preset, args.flags)
+    word_map = load_word_map(config.data_dir)
+    seen, human = (tokenize_references(CaptionDataset(config, split, word_map)) for split in ("train", "valid"))
+    captions = [caption for picture in seen for caption in picture]
+    rng = random.Random(config.seed)
+    draws = [score([rng.choice(captions) for _ in human], human) for _ in range(DRAWS)]
+    found = {f"a random training caption, mean of {DRAWS} draws": {
+        name: statistics.mean(draw[name] for draw in draws) for name in draws[0]}}
+
+    frequent = [list(words) for words, _ in collections.Counter(map(tuple, captions)).most_common(CANDIDATES)]
+    sample = rng.sample(seen, min(PICTURES, len(seen)))
+    best = max(frequent, key=lambda words: score([words] * len(sample), sample)["CIDEr"])
+    for what, words in (("the most frequent training caption", frequent[0]),
+                        (f"of the {CANDIDATES} most frequent the best by CIDEr of {PICTURES} training pictures", best)):
+        found[f"{what}: {''.join(words)}"] = score([words] * len(human), human)
+    for what, scores in found.items():
+        print(f"{what}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    if args.results:
+        write_text(args.results, json.dumps(found, ensure_ascii=False, indent=1))
+
+
+def curves(argv):
+    """Args: the picture to write, then the log.jsonl files. Of logs/NAME/RUN/log.jsonl the curve is called NAME."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for number, path in enumerate(map(Path, argv[1:])):
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        epochs = [line["epoch"] for line in lines]
+        for axis, name in zip(axes, ("CIDEr", "BLEU-4", "cross_entropy")):
+            axis.plot(epochs, [line["valid"][name] for line in lines], "o--" if number >= 10 else "o-", markersize=3,
+                      label=path.parents[1].name)
+            axis.set(xlabel="epoch", title=f"validation: {name}")
+            axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    figure.savefig(argv[0], dpi=100)
+    print(f"Wrote {argv[0]}")
+
+
+if __name__ == "__main__":
+    run(main)
