@@ -52,7 +52,6 @@ class Config:
     label_smoothing: float = 0.0  # share of each word's probability that is spread over all words, in training
     lr_decay: float = 0.8  # both rates are multiplied by this ...
     lr_decay_epochs: int = 8  # ... after this many epochs in a row without a better score
-    augment: bool = False  # training pictures are cropped and mirrored at random, for small data sets
     early_stop_epochs: int = 20  # the run ends after this many epochs in a row without a better score
 
     # run
@@ -96,9 +95,6 @@ class Config:
         if self.cache_features and self.fine_tune_encoder:
             raise UserError("--cache_features true keeps what --fine_tune_encoder true changes at every step: give "
                             "--cache_features false, or --fine_tune_encoder false")
-        if self.cache_features and self.augment:
-            raise UserError("--cache_features true keeps what --augment true changes at every step: give one of them "
-                            "false")
 
 
 # What a checkpoint's weights or pixels depend on: these cannot be changed for a model that exists.

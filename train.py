@@ -31,7 +31,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
@@ -247,8 +246,6 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer,
         torch.manual_seed((config.seed * 1_000_003 + state["step"]) * 1_009 + rank)
         images, captions = images.to(device, non_blocking=True), captions.to(device, non_blocking=True)
         counts = counts_of(lengths).to(device, non_blocking=True)
-        if config.augment:
-            images = augment(images)
         with mixed_precision(config, device):
             scores, targets, alphas = decoder(encoder(images), captions, lengths)
             cross_entropy, coverage = caption_loss(scores, targets, alphas, lengths, config.label_smoothing)
@@ -285,22 +282,6 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer,
                 log_scalars(writer, "train", state["reading"], state["step"])
         pause()
     return epoch_means(state["totals"], config, state["seconds"])
-
-
-def augment(images):
-    """A part of each picture in its place: 70 to 100 % of either side, anywhere, mirrored as often as not.
-
-    Args: uint8 (B, S, S, 3), on the device whose random numbers choose. Returns: the same.
-    """
-    B, device = len(images), images.device
-    scale, place = 0.7 + 0.3 * torch.rand(B, 2, device=device), 2 * torch.rand(B, 2, device=device) - 1
-    theta = torch.diag_embed(scale)  # (B, 2, 2); coordinates go from -1 to 1
-    theta[:, :, 0] *= torch.randint(2, (B, 1), device=device) * 2 - 1
-    theta = torch.cat([theta, ((1 - scale) * place).unsqueeze(2)], dim=2)
-    pixels = images.permute(0, 3, 1, 2).float()
-    grid = F.affine_grid(theta, pixels.shape, align_corners=False)
-    parts = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-    return parts.round().byte().permute(0, 2, 3, 1)
 
 
 def mixed_precision(config, device):

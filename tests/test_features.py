@@ -149,11 +149,6 @@ def test_numbers_that_fp16_holds_make_no_difference_at_all(folder, tiny_flags, m
     assert all(torch.equal(value, kept["decoder"][name]) for name, value in plain["decoder"].items())
 
 
-def test_changing_pictures_contradict_kept_features():
-    with pytest.raises(UserError, match="cache_features.*augment"):
-        get_config(flags=dict(cache_features=True, augment=True))
-
-
 def test_fine_tuning_contradicts_kept_features():
     for flags in (["--fine_tune_encoder", "true"], ["--preset", "sample"]):
         with pytest.raises(UserError, match="cache_features.*fine_tune_encoder"):

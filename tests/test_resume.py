@@ -17,9 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from utils import load_checkpoint
 
 KILLS = int(os.environ.get("KILLS", 2))
-# Six steps an epoch, two readings, dropout, augmented pictures, all layers trained, and a checkpoint after every step.
-SETTINGS = dict(batch_size=2, epochs=2, print_freq=4, dropout=0.5, fine_tune_encoder="true", augment="true",
-                checkpoint_minutes=0, early_stop_epochs=3, lr_decay_epochs=1)
+# Six steps an epoch, two readings, dropout, all layers trained, and a checkpoint after every step.
+SETTINGS = dict(batch_size=2, epochs=2, print_freq=4, dropout=0.5, fine_tune_encoder="true", checkpoint_minutes=0,
+                early_stop_epochs=3, lr_decay_epochs=1)
 
 
 def flags(folder, **settings):

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from config import Config, UserError, parse_args
 from datasets import load_word_map
-from train import augment, make_optimizers, rates
+from train import make_optimizers, rates
 from utils import CHECKPOINT_VERSION, load_checkpoint, load_optimizer, open_checkpoint, save_checkpoint
 
 @pytest.fixture(scope="session")
@@ -93,24 +93,6 @@ def test_a_new_rate_takes_effect_on_resume_and_a_new_architecture_is_refused(tra
     assert refused.returncode == 2 and refused.stderr.startswith("error: --emb_dim 24 contradicts")
     finished = script("train.py", "--resume", *folders)
     assert finished.returncode == 0 and "Finished (all 3 epochs done)" in finished.stdout
-
-
-def test_an_augmented_picture_is_a_part_of_the_picture_some_of_them_mirrored():
-    across = torch.arange(100, dtype=torch.uint8).expand(64, 100, 100)  # how far right; channel 1: down
-    torch.manual_seed(0)
-    parts = augment(torch.stack([across, across.transpose(1, 2), torch.full_like(across, 7)], dim=3)).int()
-    assert parts.shape == (64, 100, 100, 3) and bool((parts[..., 2] == 7).all())
-    assert bool((parts[:, :1, :, 0] == parts[..., 0]).all()) and bool((parts[:, :, :1, 1] == parts[..., 1]).all())
-    across, down = parts[:, 0, :, 0], parts[:, :, 0, 1]
-    mirrored = across[:, 0] > across[:, -1]
-    assert 16 < mirrored.sum() < 48
-    across = torch.where(mirrored.unsqueeze(1), across.flip(1), across)
-    for steps in (across.diff(), down.diff()):  # in order, evenly, 70 to 100 of 100 pixels, anywhere among them
-        assert 0 <= steps.min() and steps.max() <= 2
-    for part in (across, down):
-        width = part[:, -1] - part[:, 0]
-        assert 67 <= width.min() < 75 and 93 < width.max() <= 99
-        assert part[:, 0].min() < 4 and part[:, 0].max() > 15 and part[:, -1].max() > 95
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
