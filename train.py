@@ -442,12 +442,12 @@ def encode_half(encoder, images, rows, dataset):
 
 
 def make_optimizers(config, encoder, decoder):
-    """Adam for the decoder and, when fine-tuning, for the encoder. Returns: dict name -> AdamW."""
-    trained = {"decoder": (decoder.parameters(), config.decoder_lr)}
+    """Adam for the decoder and, when fine-tuning, for the encoder. Returns: dict name -> Adam."""
+    optimizers = {"decoder": torch.optim.Adam(decoder.parameters(), lr=config.decoder_lr, fused=True)}
     if config.fine_tune_encoder:
-        trained["encoder"] = [p for p in encoder.parameters() if p.requires_grad], config.encoder_lr
-    return {name: torch.optim.AdamW(weights, lr=rate, weight_decay=config.weight_decay, fused=True)
-            for name, (weights, rate) in trained.items()}
+        optimizers["encoder"] = torch.optim.Adam((p for p in encoder.parameters() if p.requires_grad),
+                                                 lr=config.encoder_lr, fused=True)
+    return optimizers
 
 
 def resume_optimizers(optimizers, checkpoint, flags, path):

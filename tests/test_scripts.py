@@ -12,9 +12,8 @@ from conftest import NOT_BEGUN, error_line, files_under, script
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from config import Config, UserError, parse_args
+from config import UserError, parse_args
 from datasets import load_word_map
-from train import make_optimizers, rates
 from utils import CHECKPOINT_VERSION, load_checkpoint, load_optimizer, open_checkpoint, save_checkpoint
 
 @pytest.fixture(scope="session")
@@ -93,17 +92,6 @@ def test_a_new_rate_takes_effect_on_resume_and_a_new_architecture_is_refused(tra
     assert refused.returncode == 2 and refused.stderr.startswith("error: --emb_dim 24 contradicts")
     finished = script("train.py", "--resume", *folders)
     assert finished.returncode == 0 and "Finished (all 3 epochs done)" in finished.stdout
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-def test_weights_decay_at_their_rate(weight_decay):
-    config = Config(fine_tune_encoder=True, encoder_lr=0.1, decoder_lr=0.2, weight_decay=weight_decay)
-    halves = dict(encoder=torch.nn.Linear(3, 3), decoder=torch.nn.Linear(3, 3))
-    for name, optimizer in make_optimizers(config, **halves).items():
-        before = halves[name].weight.detach().clone()
-        halves[name].weight.grad = torch.zeros_like(before)
-        optimizer.step()
-        assert torch.allclose(halves[name].weight, (1 - rates({name: optimizer})[f"{name}_lr"] * weight_decay) * before)
 
 
 def test_the_rates_fall_without_a_better_score(tiny_flags, tmp_path):
