@@ -48,7 +48,6 @@ class Config:
     decoder_lr: float = 4e-4  # Adam
     grad_clip: float = 5.0  # each component of the gradient is clipped to +-5
     alpha_c: float = 1.0  # weight of the doubly stochastic term (eq. 14)
-    label_smoothing: float = 0.0  # share of each word's probability that is spread over all words, in training
     lr_decay: float = 0.8  # both rates are multiplied by this ...
     lr_decay_epochs: int = 8  # ... after this many epochs in a row without a better score
     early_stop_epochs: int = 20  # the run ends after this many epochs in a row without a better score
@@ -67,9 +66,9 @@ class Config:
     def __post_init__(self):
         at_least = dict(image_size=32, captions_per_image=1, max_len=1, min_word_freq=1, max_bad_images=0,
                         encoded_image_size=1, emb_dim=1, attention_dim=1, decoder_dim=1, dropout=0, epochs=1,
-                        batch_size=1, encoder_lr=0, decoder_lr=0, grad_clip=0, alpha_c=0, label_smoothing=0, lr_decay=0,
+                        batch_size=1, encoder_lr=0, decoder_lr=0, grad_clip=0, alpha_c=0, lr_decay=0,
                         lr_decay_epochs=1, early_stop_epochs=1, print_freq=1, checkpoint_minutes=0, seed=0, workers=0)
-        at_most = dict(max_bad_images=1, dropout=1, label_smoothing=1, lr_decay=1, image_size=4096, max_len=1000,
+        at_most = dict(max_bad_images=1, dropout=1, lr_decay=1, image_size=4096, max_len=1000,
                        encoded_image_size=256, workers=256,
                        seed=2**32 - 1)  # epoch and rank are mixed in, within 64 bits
         for field in dataclasses.fields(self):

@@ -476,19 +476,17 @@ class LateGradient(torch.autograd.Function):
         return grad, grad.T @ torch.cat(ctx.inputs).to(grad), None
 
 
-def caption_loss(scores, targets, alphas, caption_lengths, label_smoothing=0.0):
+def caption_loss(scores, targets, alphas, caption_lengths):
     """Both terms of Eq. 14, as sums, so that the parts of a batch can be added up exactly.
 
     Args:
         scores, targets, alphas: as DecoderWithAttention.forward gives them. caption_lengths: (B, K).
-        label_smoothing (float): share of a target's probability that is spread evenly over all words.
     Returns:
         cross entropy, summed over the real tokens; (1 - sum over time of alpha)^2, averaged over the pixels (so that
         its weight does not depend on their number) and summed over the real captions.
     """
     coverage = ((1 - alphas.sum(dim=2)) ** 2).mean(dim=2)  # (B, K)
-    cross_entropy = F.cross_entropy(scores, targets, reduction="sum", label_smoothing=label_smoothing)
-    return cross_entropy, (coverage * (caption_lengths > 0).to(coverage)).sum()
+    return F.cross_entropy(scores, targets, reduction="sum"), (coverage * (caption_lengths > 0).to(coverage)).sum()
 
 
 class Captions(NamedTuple):

@@ -227,8 +227,8 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer,
         state (dict): `batch` batches of `epoch` are done; this, `step`, the sums and the last `reading` go on.
         writer (SummaryWriter or None): of the first process. pause (Pause).
     Returns:
-        dict: cross_entropy (nats a token, against labels smoothed as the config says), coverage (mean of (1 - sum of
-        alpha)^2), loss, top5 (share of tokens), images_per_s (over all processes).
+        dict: cross_entropy (nats a token), coverage (mean of (1 - sum of alpha)^2), loss, top5 (share of tokens),
+        images_per_s (over all processes).
     Raises:
         UserError: the loss is no longer finite; names epoch, step and pictures.
     """
@@ -248,7 +248,7 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer,
         counts = counts_of(lengths).to(device, non_blocking=True)
         with mixed_precision(config, device):
             scores, targets, alphas = decoder(encoder(images), captions, lengths)
-            cross_entropy, coverage = caption_loss(scores, targets, alphas, lengths, config.label_smoothing)
+            cross_entropy, coverage = caption_loss(scores, targets, alphas, lengths)
         n_tokens, n_captions, _ = sum_over_processes(counts.clone()).clamp(min=1)
         # The gradients of all processes are averaged, where these parts of one loss want to be summed.
         loss = world_size * (cross_entropy / n_tokens + config.alpha_c * coverage / n_captions)
