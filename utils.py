@@ -101,7 +101,7 @@ def is_state_dict(value):
     """Whether all are plain, finite tensors, none larger than what the file holds of it: a few bytes can claim any."""
     return isinstance(value, dict) and all(
         isinstance(name, str) and type(tensor) is torch.Tensor and tensor.layout is torch.strided
-        and tensor.device.type == "cpu" and not tensor.is_quantized and not tensor.is_nested
+        and tensor.device.type == "cpu" and not tensor.is_quantized and not tensor.is_nested and not tensor.is_neg()
         and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes() and bool(tensor.isfinite().all())
         for name, tensor in value.items())
 
@@ -132,7 +132,8 @@ FIELDS = dict(
     encoder=is_state_dict, decoder=is_state_dict, optimizers=lambda value: isinstance(value, dict), epoch=is_count,
     step=is_count, best_score=lambda value: type(value) is float and not math.isnan(value),
     epochs_since_improvement=is_count, batch=is_count, world_size=is_count, totals=is_sums, recent=is_sums,
-    seconds=lambda value: type(value) is float, reading=are_numbers, batches=are_numbers, entry=is_entry,
+    seconds=lambda value: type(value) is float and 0 <= value < 1e9, reading=are_numbers, batches=are_numbers,
+    entry=is_entry,
     run=lambda value: isinstance(value, str) and re.fullmatch(r"[\w-]{1,100}", value))  # a folder of --log_dir
 
 

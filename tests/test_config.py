@@ -162,7 +162,7 @@ OUT_OF_RANGE = [
     *((name, "1.01") for name in ("max_bad_images", "dropout", "lr_decay")),
     *((field.name, "nan") for field in FIELDS if field.type is float),
     ("image_size", "1"), ("image_size", "1000000"), ("seed", str(2**64)), ("workers", "100000"),
-    ("encoder", "vgg16"), ("encoder", "ResNet101"),
+    ("max_len", "201"), ("encoder", "vgg16"), ("encoder", "ResNet101"),
 ]
 
 
