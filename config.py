@@ -178,7 +178,7 @@ def run(main):
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).splitlines(), file=sys.stderr)  # one, whatever names and reasons are in it
         sys.exit(2)
     except OSError as error:
         if error.filename is None:

@@ -227,6 +227,12 @@ def test_run_leaves_bugs_their_traceback():
         run(lambda: 1 / 0)
 
 
+def test_run_makes_an_error_one_line_whatever_is_in_it(capsys):
+    with pytest.raises(SystemExit):
+        run(lambda: get_config(trained={"a\nb\u2028c": 1}))
+    assert error_line(capsys.readouterr().err).endswith("a b c")
+
+
 def test_run_names_the_file_that_the_system_refuses(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as exit:
