@@ -87,7 +87,7 @@ def load_checkpoint(path, word_map_path=None):
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     check_word_map(checkpoint["word_map"], path)
-    rows = checkpoint["decoder"].get("embedding.weight", torch.empty(0)).shape[0]
+    rows = len(torch.atleast_1d(checkpoint["decoder"].get("embedding.weight", torch.empty(0))))
     if rows != len(checkpoint["word_map"]):
         raise UserError(f"{path} contradicts itself: {len(checkpoint['word_map'])} words in its word map, {rows} in "
                         f"its decoder")

@@ -205,6 +205,7 @@ def test_no_checkpoint(name, tmp_path, tiny_flags):
 @pytest.mark.parametrize("change, message", [
     (lambda c: c["word_map"].popitem(), "not a word map"),
     (lambda c: c["word_map"].update(extra=len(c["word_map"])), "contradicts itself"),
+    (lambda c: c["decoder"].update({"embedding.weight": torch.zeros(())}), "contradicts itself"),
     (lambda c: c.pop("decoder"), "not a checkpoint of this repo"),
     (lambda c: c.pop("optimizers"), "not a checkpoint of this repo"),
     (lambda c: c.update(run="../elsewhere"), "no proper 'run'"),
