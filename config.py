@@ -68,7 +68,7 @@ class Config:
                         encoded_image_size=1, emb_dim=1, attention_dim=1, decoder_dim=1, dropout=0, epochs=1,
                         batch_size=1, encoder_lr=0, decoder_lr=0, grad_clip=0, alpha_c=0, lr_decay=0,
                         lr_decay_epochs=1, early_stop_epochs=1, print_freq=1, checkpoint_minutes=0, seed=0, workers=0)
-        at_most = dict(max_bad_images=1, dropout=1, lr_decay=1, image_size=4096, max_len=1000,
+        at_most = dict(max_bad_images=1, dropout=1, lr_decay=1, image_size=4096, max_len=200,
                        encoded_image_size=256, workers=256,
                        seed=2**32 - 1)  # epoch and rank are mixed in, within 64 bits
         for field in dataclasses.fields(self):
@@ -178,7 +178,7 @@ def run(main):
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).splitlines(), file=sys.stderr)  # one, whatever names and reasons are in it
         sys.exit(2)
     except OSError as error:
         if error.filename is None:

@@ -146,15 +146,18 @@ def extract_archive(archive, folder):
             if len(file.infolist()) > MEMBERS:
                 raise UserError(f"{archive} has {len(file.infolist())} members, more than {MEMBERS}; refused")
             for member in file.infolist():
-                parts = PurePosixPath(member.filename.replace("\\", "/")).parts
-                if not parts:  # "./"
-                    continue
-                if stat.S_ISLNK(member.external_attr >> 16) or ".." in parts or parts[0].startswith("/") \
+                name = PurePosixPath(member.filename.replace("\\", "/"))
+                parts = name.parts
+                if stat.S_ISLNK(member.external_attr >> 16) or ".." in parts or name.is_absolute() \
                         or ":" in member.filename or "\0" in member.filename:
                     raise UserError(f"{archive}: member {member.filename!r} points outside its folder; refused. "
                                     f"Get the archive from its publisher")
-                parts = parts[1:] if parts[0] == folder.name else parts
-                if member.is_dir() or not parts or parts[0] == "__MACOSX" or parts[-1] == ".DS_Store":
+                parts = parts[1:] if parts[:1] == (folder.name,) else parts
+                if not parts or member.is_dir():
+                    if member.file_size:  # a damaged name
+                        raise ValueError(f"{member.filename!r} cannot be a file's name")
+                    continue
+                if parts[0] == "__MACOSX" or parts[-1] == ".DS_Store":
                     continue
                 if parts in members or member.flag_bits & 1:
                     raise UserError(f"{archive}: member {member.filename!r} is "

@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import io
 import json
 import math
@@ -10,6 +11,7 @@ import pickle
 import re
 import shlex
 import subprocess
+import time
 import zipfile
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from models import build_models
 CHECKPOINT_VERSION = 2
 CHECKPOINT, BEST_CHECKPOINT = "checkpoint.pth.tar", "BEST_checkpoint.pth.tar"
 PREVIOUS_CHECKPOINT = "checkpoint.previous.pth.tar"
+START_TIMEOUT = datetime.timedelta(minutes=10)  # for all processes of a run to come
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,7 +87,7 @@ def load_checkpoint(path, word_map_path=None):
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     check_word_map(checkpoint["word_map"], path)
-    rows = checkpoint["decoder"].get("embedding.weight", torch.empty(0)).shape[0]
+    rows = len(torch.atleast_1d(checkpoint["decoder"].get("embedding.weight", torch.empty(0))))
     if rows != len(checkpoint["word_map"]):
         raise UserError(f"{path} contradicts itself: {len(checkpoint['word_map'])} words in its word map, {rows} in "
                         f"its decoder")
@@ -101,7 +104,7 @@ def is_state_dict(value):
     """Whether all are plain, finite tensors, none larger than what the file holds of it: a few bytes can claim any."""
     return isinstance(value, dict) and all(
         isinstance(name, str) and type(tensor) is torch.Tensor and tensor.layout is torch.strided
-        and tensor.device.type == "cpu" and not tensor.is_quantized and not tensor.is_nested
+        and tensor.device.type == "cpu" and not tensor.is_quantized and not tensor.is_nested and not tensor.is_neg()
         and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes() and bool(tensor.isfinite().all())
         for name, tensor in value.items())
 
@@ -132,7 +135,8 @@ FIELDS = dict(
     encoder=is_state_dict, decoder=is_state_dict, optimizers=lambda value: isinstance(value, dict), epoch=is_count,
     step=is_count, best_score=lambda value: type(value) is float and not math.isnan(value),
     epochs_since_improvement=is_count, batch=is_count, world_size=is_count, totals=is_sums, recent=is_sums,
-    seconds=lambda value: type(value) is float, reading=are_numbers, batches=are_numbers, entry=is_entry,
+    seconds=lambda value: type(value) is float and 0 <= value < 1e9, reading=are_numbers, batches=are_numbers,
+    entry=is_entry,
     run=lambda value: isinstance(value, str) and re.fullmatch(r"[\w-]{1,100}", value))  # a folder of --log_dir
 
 
@@ -172,8 +176,7 @@ def check_sizes(checkpoint, config, source):
         with torch.device("meta"):
             models = build_models(config, len(checkpoint["word_map"]), encoder_weights="none")
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # a size beyond 64 bits
-        reason = " ".join(str(error).split())
-        raise UserError(f"{source} has settings that no model can have ({reason[:200]})") from None
+        raise UserError(f"{source} has settings that no model can have ({str(error)[:200]})") from None
     for module, state in zip(models, (checkpoint["encoder"], checkpoint["decoder"])):
         for name, weights in module.state_dict().items():
             found = state[name].shape if name in state else None
@@ -212,9 +215,8 @@ def load_state(module, state, source):
     try:
         module.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"the weights in {source} are of another architecture than its settings say: {reason[:300]}"
-                        ) from None
+        raise UserError(f"the weights in {source} are of another architecture than its settings say: "
+                        f"{str(error)[:300]}") from None
 
 
 def open_checkpoint(args):
@@ -424,9 +426,43 @@ def init_distributed(device):
         return 0, 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # gloo for what lies in the processes' own memory: to agree on something then stops no GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+        store = own_part(store, rank, world_size)
+        # gloo for what lies in the processes' own memory: to agree on something then stops no GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world_size)
+    except dist.DistError as error:
+        raise UserError(f"the {os.environ['WORLD_SIZE']} processes that WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak "
+                        f"of have not met within {START_TIMEOUT} ({str(error)[:300]})") from None
+    return rank, world_size
+
+
+def own_part(store, rank, world_size):
+    """The part of a store that belongs to the processes started now, which all of them agree on here.
+
+    torchrun --max_restarts gives new processes the store of the dead ones, whose addresses they would find there and
+    wait for without end. Each process counts its own starts in it (the count that torchrun gives differs from node to
+    node). The first one's count names the part; it goes on telling it to the others under theirs until all have heard.
+
+    Args:
+        store (Store). rank, world_size (int).
+    Returns:
+        PrefixStore
+    Raises:
+        DistError: some did not come within START_TIMEOUT.
+    """
+    start, deadline = store.add(f"starts of {rank}", 1), time.monotonic() + START_TIMEOUT.seconds
+    if rank > 0:
+        start = int(store.get(f"to {rank} at its start {start}"))
+        store.add(f"heard of {start}", 1)
+    while rank == 0 and (heard := store.add(f"heard of {start}", 0)) < world_size - 1:
+        if time.monotonic() > deadline:
+            raise dist.DistError(f"only {heard + 1} came")
+        for other in range(1, world_size):
+            store.set(f"to {other} at its start {store.add(f'starts of {other}', 0)}", str(start))
+        time.sleep(0.05)
+    return dist.PrefixStore(f"start {start}", store)
 
 
 def sum_over_processes(tensor):

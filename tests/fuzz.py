@@ -435,7 +435,7 @@ def archive(rng, base, folder):
                 elif how == "twice":
                     file.writestr(name, b"first")
                 elif how == "bomb":
-                    data = bytes(rng.choice((10**6, 3 * 10**7)))
+                    data = b"[%s]" % (b" " * rng.choice((10**6, 3 * 10**7)))  # JSON, should it be the annotations
                     info.compress_type = zipfile.ZIP_DEFLATED
                 else:
                     file.writestr(rng.choice(NAMES) or "/", b"more")

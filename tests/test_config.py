@@ -162,7 +162,7 @@ OUT_OF_RANGE = [
     *((name, "1.01") for name in ("max_bad_images", "dropout", "lr_decay")),
     *((field.name, "nan") for field in FIELDS if field.type is float),
     ("image_size", "1"), ("image_size", "1000000"), ("seed", str(2**64)), ("workers", "100000"),
-    ("encoder", "vgg16"), ("encoder", "ResNet101"),
+    ("max_len", "201"), ("encoder", "vgg16"), ("encoder", "ResNet101"),
 ]
 
 
@@ -225,6 +225,12 @@ def test_boundary_values_are_allowed():
 def test_run_leaves_bugs_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0)
+
+
+def test_run_makes_an_error_one_line_whatever_is_in_it(capsys):
+    with pytest.raises(SystemExit):
+        run(lambda: get_config(trained={"a\nb\u2028c": 1}))
+    assert error_line(capsys.readouterr().err).endswith("a b c")
 
 
 def test_run_names_the_file_that_the_system_refuses(tmp_path, capsys):

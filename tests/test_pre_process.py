@@ -407,6 +407,11 @@ def forged(content):
         struct.pack_into("<I", content, at, struct.unpack_from("<I", content, at)[0] // 2)
 
 
+def nameless(content):
+    """The last member's name begins with the zero that ends it."""
+    content[content.rindex(b"PK\1\2") + 46] = 0
+
+
 def flip(content):
     content[content.index(b"\xff\xd8") + 100] ^= 255  # inside the first picture
 
@@ -438,6 +443,8 @@ ARCHIVES = {
     "a drive within, for Windows": with_member(f"{SPLITS['train'][0]}/a/C:evil"),
     "more than it declares": lambda archive: [with_member("a", content=bytes(10_000))(archive),
                                               patched(archive, forged)],
+    "a file without a name": lambda archive: patched(archive, nameless),
+    "a folder with content": with_member("a/"),
     "bomb": with_member(f"{SPLITS['train'][0]}/zeros", content=bytes(2**26)),
 }
 

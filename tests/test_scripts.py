@@ -205,6 +205,7 @@ def test_no_checkpoint(name, tmp_path, tiny_flags):
 @pytest.mark.parametrize("change, message", [
     (lambda c: c["word_map"].popitem(), "not a word map"),
     (lambda c: c["word_map"].update(extra=len(c["word_map"])), "contradicts itself"),
+    (lambda c: c["decoder"].update({"embedding.weight": torch.zeros(())}), "contradicts itself"),
     (lambda c: c.pop("decoder"), "not a checkpoint of this repo"),
     (lambda c: c.pop("optimizers"), "not a checkpoint of this repo"),
     (lambda c: c.update(run="../elsewhere"), "no proper 'run'"),
@@ -213,6 +214,7 @@ def test_no_checkpoint(name, tmp_path, tiny_flags):
     (lambda c: c.update(epoch=-1), "no proper 'epoch'"),
     (lambda c: c.update(step=2**70), "no proper 'step'"),
     (lambda c: c.update(epoch=True), "no proper 'epoch'"),
+    (lambda c: c.update(seconds=1e308), "no proper 'seconds'"),
     (lambda c: c.update(best_score=float("nan")), "no proper 'best_score'"),
     (lambda c: c["decoder"].update({"fc.bias": "text"}), "no proper 'decoder'"),
     (lambda c: c["decoder"]["fc.bias"].fill_(float("nan")), "no proper 'decoder'"),
@@ -245,6 +247,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(trained, tmp_path, change, me
     lambda state: state["param_groups"][0].update(lr=float("nan")),
     lambda state: state["param_groups"][0].update(lr="fast"), lambda state: state["state"].update({99: {}}),
     lambda state: state["state"][0].pop("exp_avg"), lambda state: state["state"][0].update(exp_avg=torch.zeros(3)),
+    lambda state: state["state"][0].update(exp_avg_sq=torch._neg_view(state["state"][0]["exp_avg_sq"])),
     lambda state: state["state"][0].update(step="one"), lambda state: state["state"].update({-1: state["state"][0]}),
 ])
 def test_an_optimizer_that_does_not_fit_is_refused(change):
