@@ -470,9 +470,11 @@ def make_loader(dataset, config, shuffle, rank=0, world_size=1):
 
 
 def leave_signals(worker):
-    """Ctrl-C reaches all processes of a terminal; in those that read batches it means nothing, the main one decides."""
+    """Ctrl-C reaches all processes of a terminal, a batch system's SIGTERM all of a job; in those that read batches
+    they mean nothing, the main one decides. A second SIGTERM is its own, for one that hangs.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -109,14 +109,19 @@ def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(whole, tiny_flags, tmp
     assert_same(outcome(tmp_path), outcome(whole))
 
 
-def test_a_run_told_to_stop_saves_before_it_does(tiny_flags, tmp_path):
-    """Without a checkpoint on the way; so the one that is there is that of the signal."""
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_told_to_stop_saves_before_it_does(tiny_flags, tmp_path, workers):
+    """Without a checkpoint on the way; so the one that is there is that of the signal.
+
+    Batch systems and `timeout` send it to all processes, those that read batches too.
+    """
     number = signal.SIGTERM
-    process = start(*tiny_flags, *flags(tmp_path, checkpoint_minutes=60, epochs=50, early_stop_epochs=50))
+    process = start(*tiny_flags, *flags(tmp_path, checkpoint_minutes=60, epochs=200, early_stop_epochs=200,
+                                        workers=workers))
     while "training and" not in process.stdout.readline():
         pass
     time.sleep(1)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     assert process.wait(timeout=60) == 128 + number
     process.stdout.close()
     checkpoint = load_checkpoint(tmp_path / "models" / "checkpoint.pth.tar")
