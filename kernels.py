@@ -10,6 +10,8 @@ these are recorded as a CUDA graph and started all at once.
 
 Symbols as in models.py; N = B K captions, W = A + D + 4H what h is multiplied to: query, beta, gates.
 """
+import functools
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -20,7 +22,20 @@ from torch.autograd.function import once_differentiable
 
 def are_usable(grid, pool):
     """Whether the kernels can do it: on a GPU, where a caption's attention fits into registers."""
-    return grid.is_cuda and max(pool.shape) <= 1024
+    return grid.is_cuda and max(pool.shape) <= 1024 and run_on(grid.device)
+
+
+@functools.cache
+def run_on(device):
+    """Whether Triton can compile and start a kernel here. Args: device (torch.device)."""
+    row = torch.zeros(1, 16, device=device)
+    try:
+        cell[(1,)](row, row, row, row.long(), 0, row.clone(), row.clone(), row.clone(), 0, 4, 4)
+    except Exception as error:  # whatever the compilers that it calls do
+        warnings.warn(f"Triton does not work here ({str(error).splitlines()[0]:.200}): without kernels.py, which needs "
+                      f"it and a C compiler, training on a GPU takes several times as long")
+        return False
+    return True
 
 
 class Steps(NamedTuple):

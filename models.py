@@ -4,6 +4,8 @@ Symbols: B pictures, K captions a picture, N captions in all, G cells of the Res
 chooses among, T steps, M real tokens, D encoder dim, A attention dim, E word embedding dim, H decoder dim, V words.
 "Eq." and "section" refer to the paper; the parameters have the names of the PyTorch original.
 
+On a GPU the time loop is that of kernels.py, with the same numbers; here it can be read.
+
 Departures from the original, and why:
 - The encoder gives the grid of the ResNet itself (8x8 at 256 pixels). Pooling it to 14x14 is a fixed P x G matrix, and
   commutes with whatever is linear: so only the energies are worked out on P pixels, the rest on G. Same numbers.
@@ -367,7 +369,7 @@ class DecoderWithAttention(nn.Module):
         Returns:
             h, c: (n, H); alpha: (n, P); context: (n, D), after its gate.
         """
-        if is_fused(pixels):
+        if is_fused(pixels) and not torch.is_grad_enabled():
             out, lengths = kernels.empty_steps(len(h), *pixels, word_input), captions.place.new_ones(len(h))
             kernels.step(*pixels, self.attention.full_att.weight[0], weights, word_input, h, c, lengths, 0, out)
             return out.h, out.c, out.alpha, out.context

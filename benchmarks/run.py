@@ -526,7 +526,7 @@ def print_row(name, row):
     held = "-" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}"
     print(f"| {name} | {row['reference_s']:.3f} | {row['product_s']:.3f} | {row['ratio']:.1f} "
           f"({row['ratio_min']:.1f}-{row['ratio_max']:.1f}) | {held} | "
-          + (f"{row['floor_operations_s']:.3f} | {row['floor_bytes_s']:.3f} | {floor / row['product_s']:.0%} |"
+          + (f"{row['floor_operations_s']:.2g} | {row['floor_bytes_s']:.2g} | {floor / row['product_s']:.0%} |"
              if floor else "- | - | - |"), flush=True)
 
 

@@ -68,6 +68,17 @@ def test_captions_equal_those_of_the_eager_loop(decoder, on_cpu):  # noqa: F811
     assert torch.allclose(found.alphas, expected.alphas, atol=1e-5)
 
 
+def test_where_triton_does_not_work_a_warning_says_so(monkeypatch):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kernels.run_on.cache_clear()
+    assert kernels.run_on(device)
+    kernels.run_on.cache_clear()
+    monkeypatch.setattr(kernels, "cell", {(1,): lambda *args: 1 / 0})
+    with pytest.warns(UserWarning, match="division by zero.*C compiler"):
+        assert not kernels.run_on(device)
+    kernels.run_on.cache_clear()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_repeated_steps_on_a_gpu_equal_the_eager_loop(decoder, batch, monkeypatch):  # noqa: F811
     decoder, (grid, captions, lengths) = decoder.cuda(), batch
