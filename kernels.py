@@ -32,8 +32,9 @@ def run_on(device):
     try:
         cell[(1,)](row, row, row, row.long(), 0, row.clone(), row.clone(), row.clone(), 0, 4, 4)
     except Exception as error:  # whatever the compilers that it calls do
-        warnings.warn(f"Triton does not work here ({str(error).splitlines()[0]:.200}): without kernels.py, which needs "
-                      f"it and a C compiler, training on a GPU takes several times as long")
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"Triton does not work here ({reason:.200}): without kernels.py, which needs it and a C "
+                      f"compiler, training on a GPU takes several times as long", stacklevel=2)
         return False
     return True
 
@@ -96,7 +97,7 @@ class Loop:
         self.grad_cells = torch.empty_like(self.steps.cells)
         self.grad_raw = torch.empty_like(self.steps.context)  # of the context before its gate
         self.later_h, self.later_c = (torch.empty_like(x) for x in self.inputs[4:6])  # what later steps hand back
-        self.graphs, self.is_in_use = {}, False
+        self.graphs, self.user = {}, None  # user: whose gradient will be asked for
 
     def rows(self, t, buffers):
         """The rows of step t."""
@@ -149,7 +150,7 @@ def find_loop(*given):
     word_input, rest = given[6], [*given[:6], *given[7:]]
     shapes = word_input.device, word_input.dtype, word_input.shape[1:], *(x.shape for x in rest)
     loop = loops.get(shapes)
-    if loop is None or loop.T < len(word_input) or loop.is_in_use:
+    if loop is None or loop.T < len(word_input) or loop.user:
         loop = Loop(*given)
         loops.clear()
         loops[shapes] = loop
@@ -175,13 +176,16 @@ class TimeLoop(torch.autograd.Function):
         for mine, x in zip(loop.inputs, given):
             mine[:len(x)].copy_(x)
         loop.run("forward", T)
-        ctx.loop, ctx.T, loop.is_in_use = loop, T, is_trained
+        ctx.loop, ctx.T = loop, T
+        loop.user = ctx.user = object() if is_trained else None
         return tuple(x[:T * N].view(T, N, -1).clone() for x in (loop.steps.h, loop.steps.alpha))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_h, grad_alpha):
         loop, T = ctx.loop, ctx.T
+        if loop.user is not ctx.user:
+            raise RuntimeError("the gradient of a fused time loop can be asked for once")
         grid, _, keys, energy_weight, h, *_, lengths = loop.inputs
         (B, P, A), D, (N, H) = keys.shape, grid.shape[2], h.shape
         loop.grad_h[:T * N].view(T, N, H).copy_(grad_h)
@@ -204,7 +208,7 @@ class TimeLoop(torch.autograd.Function):
         grads = (grad_grid, None, grad_keys, grad_energy_weight.sum(dim=(0, 1)), grad_keys.new_zeros(1),
                  loop.later_h.clone(), loop.later_c.clone(), grad_gates.reshape(T, N, 4 * H), grad_pre.T @ h_before,
                  grad_pre.sum(dim=0, dtype=torch.float32), grad_gates.T @ loop.steps.context[rows], None, None)
-        loop.is_in_use = False
+        loop.user = None
         return grads
 
 

@@ -54,8 +54,10 @@ def test_a_second_loop_before_the_first_one_s_gradient(decoder, batch, on_cpu): 
     with torch.no_grad():
         loss_of(decoder, batch)
     for loss in losses:
-        loss.backward()
+        loss.backward(retain_graph=True)
     assert torch.allclose(decoder.fc.weight.grad, sum(expected), atol=1e-6)
+    with pytest.raises(RuntimeError, match="once"):
+        losses[0].backward()
 
 
 def test_captions_equal_those_of_the_eager_loop(decoder, on_cpu):  # noqa: F811
