@@ -4,6 +4,7 @@ import torch
 from test_models import WORD_MAP, batch, decoder, loss_of  # noqa: F401  (fixtures)
 
 import models
+import train
 
 kernels = pytest.importorskip("kernels")
 
@@ -92,3 +93,15 @@ def test_repeated_steps_on_a_gpu_equal_the_eager_loop(decoder, batch, monkeypatc
             eager_loss, eager_gradients = loss_and_gradients(decoder, part)
         assert loss.item() == pytest.approx(eager_loss.item(), rel=1e-5)
         check(gradients, eager_gradients, 1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_frozen_encoder_as_a_graph_gives_the_same(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    encoder = models.Encoder("resnet18", "none").cuda().eval()
+    fused = train.Replayed(encoder.folded())
+    for size in (4, 4, 3):
+        images = torch.randint(0, 256, (size, 64, 64, 3), dtype=torch.uint8, device="cuda")
+        with torch.no_grad():
+            expected = encoder(images)
+        assert torch.allclose(fused(images), expected, atol=1e-4 * expected.abs().max().item())
