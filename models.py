@@ -22,6 +22,7 @@ last term of Eq. 14 as a mean over the pixels.
 import copy
 import functools
 import math
+import warnings
 from typing import NamedTuple
 from urllib.error import URLError
 
@@ -41,7 +42,7 @@ try:
 except ModuleNotFoundError:  # Triton comes with PyTorch for Linux; a GPU does without
     kernels = None
 
-CACHED = 2**19  # numbers that a core's cache holds beside others
+LARGE = 2**22  # numbers in the attention's hidden layer from which on compiling it pays
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -207,7 +208,7 @@ class Attention(nn.Module):
         """
         places, A = len(pixels.keys) * captions.K, query.shape[1]
         query = query.new_zeros(places, A).index_copy(0, captions.place, query).view(-1, captions.K, A)
-        energy = Energy.apply(pixels.keys, query, self.full_att.weight[0], captions.counts)  # Eq. 4
+        energy = Energy.apply(pixels.keys, query, self.full_att.weight[0])  # Eq. 4
         alpha = F.softmax(energy + self.full_att.bias, dim=2)  # Eq. 5
         context = (alpha @ pixels.pool) @ pixels.grid  # (B, K, P) (P, G) (B, G, D): Eq. 13, sum of alpha times a
         return context.flatten(0, 1)[captions.place], alpha.flatten(0, 1)[captions.place]
@@ -216,51 +217,51 @@ class Attention(nn.Module):
 class Energy(torch.autograd.Function):
     """Eq. 4, e = f_att(a, h) = weight . relu(key of a + query of h), without holding its hidden layer (B, K, P, A).
 
-    On a CPU the layer is made for so few pictures at a time that it stays in the cache; the backward pass makes it
-    again instead of having kept it. keys (B, P, A), query (B, K, A), weight (A,), counts (list of B int: how many of
-    each picture's K captions are open, the first ones; the energies of the others mean nothing) -> energy (B, K, P).
+    The backward pass makes the layer again. keys (B, P, A), query (B, K, A), weight (A,) -> energy (B, K, P).
     """
 
     @staticmethod
-    def forward(ctx, keys, query, weight, counts):
+    def forward(ctx, keys, query, weight):
         ctx.save_for_backward(keys, query, weight)
-        ctx.counts = counts
-        energy = keys.new_zeros(*query.shape[:2], keys.shape[1])
-        for part, hidden in Energy.hidden_layers(keys, query, counts):
-            energy[part] = hidden @ weight.to(hidden)
-        return energy
+        return without_hidden_layer(energy, keys, query, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        keys, query, weight = ctx.saved_tensors
-        grad_keys, grad_query, grad_weight = (torch.zeros_like(x) for x in (keys, query, weight))
-        for part, hidden in Energy.hidden_layers(keys, query, ctx.counts):
-            grad_energy = grad[part].to(hidden)  # (b, k, P)
-            grad_weight += hidden.flatten(0, 2).T @ grad_energy.flatten()
-            hidden.sign_()  # the derivative of relu
-            grad_query[part] = (grad_energy.unsqueeze(2) @ hidden).squeeze(2)
-            by_pixel = grad_energy.transpose(1, 2).unsqueeze(2).contiguous()  # (b, P, 1, k)
-            grad_keys[part[0]] += (by_pixel @ hidden.transpose(1, 2)).squeeze(2)
-        return grad_keys.mul_(weight), grad_query.mul_(weight), grad_weight, None
+        return without_hidden_layer(energy_gradient, *ctx.saved_tensors, grad)
 
-    @staticmethod
-    def hidden_layers(keys, query, counts):
-        """relu(key + query), part by part. Yields: (pictures, captions) as slices, (b, k, P, A), overwritten by the
-        next."""
-        (B, P, A), K = keys.shape, query.shape[1]
-        b, k = B, K  # how many at a time
-        if keys.device.type == "cpu":
-            room = max(CACHED // (P * A), 1)
-            b, k = min(max(room // K, 1), B), min(room, K)
-        buffer = keys.new_empty(b * k * P * A)
-        for start in range(0, B, b):
-            pictures, end = slice(start, min(start + b, B)), max(counts[start:start + b])
-            for first in range(0, end, k):
-                captions = slice(first, min(first + k, end))
-                key, value = keys[pictures].unsqueeze(1), query[pictures, captions].unsqueeze(2)
-                hidden = buffer[:len(key) * value.shape[1] * P * A].view(len(key), -1, P, A)
-                yield (pictures, captions), torch.add(key, value, out=hidden).relu_()
+
+def energy(keys, query, weight):
+    hidden = torch.relu(keys.unsqueeze(1) + query.unsqueeze(2))
+    return (hidden * weight).sum(dim=3)
+
+
+def energy_gradient(keys, query, weight, grad):
+    before = keys.unsqueeze(1) + query.unsqueeze(2)
+    grad = grad.unsqueeze(3)
+    on_hidden = torch.where(before > 0, grad, 0)
+    return ((on_hidden.sum(dim=1) * weight).to(keys), (on_hidden.sum(dim=2) * weight).to(query),
+            (grad * torch.relu(before)).sum(dim=(0, 1, 2)).to(weight))
+
+
+compiled = {}  # of the two above, or what stands in for it
+
+
+def without_hidden_layer(function, keys, query, *others):
+    """Run energy or its gradient; a large one on a CPU compiled, so that the hidden layer stays in the registers."""
+    with torch.autocast(keys.device.type, enabled=False):
+        if keys.device.type != "cpu" or keys.numel() * query.shape[1] < LARGE:
+            return function(keys, query, *others)
+        if function not in compiled:
+            compiled[function] = torch.compile(function, dynamic=True)
+        try:
+            return compiled[function](keys, query, *others)
+        except Exception as error:  # whatever a machine without a C++ compiler leads it to
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"torch.compile does not work here ({reason:.200}): without it, and the C++ compiler that it "
+                          f"needs, attention on a CPU takes several times as long", stacklevel=2)
+            compiled[function] = function
+            return function(keys, query, *others)
 
 
 class Pixels(NamedTuple):
@@ -276,10 +277,9 @@ class Pixels(NamedTuple):
 
 
 class Open(NamedTuple):
-    """Which captions go on at a step. Of a picture's K places those that have ended are the last."""
+    """Which captions go on at a step."""
 
     place: torch.Tensor  # int64 (n,): picture * K + place among the picture's captions
-    counts: list  # of int: how many of each picture
     K: int
 
 
@@ -420,7 +420,6 @@ class DecoderWithAttention(nn.Module):
         place = picture * K + (picture.unsqueeze(1) == picture).tril(-1).sum(dim=1)
         real = torch.arange(T).unsqueeze(1) < lengths.flatten()[order]  # (T, N): the first sizes[t] are open at step t
         sizes, (step, caption) = real.sum(dim=1).tolist(), real.nonzero(as_tuple=True)
-        counts = [torch.bincount(picture[:n], minlength=B).tolist() for n in sizes]
         token = order[caption] * T + step  # in the loop's order
         back = token.argsort()  # to the captions' order
         picture, place, token, back = (x.to(device, non_blocking=True) for x in (picture, place, token, back))
@@ -432,9 +431,9 @@ class DecoderWithAttention(nn.Module):
         biases = LateGradient.apply(h_bias.expand(len(word_input), -1), h_weight, hs).split(sizes)
         word_inputs = LateGradient.apply(word_input, context_weight, contexts).split(sizes)
         h_weight, context_weight = h_weight.detach(), context_weight.detach().contiguous()
-        for n, count, bias, word_input in zip(sizes, counts, biases, word_inputs):
+        for n, bias, word_input in zip(sizes, biases, word_inputs):
             hs.append(h[:n].detach())
-            h, c, alpha, context = self.step(pixels, Open(place[:n], count, K), (h_weight, bias, context_weight),
+            h, c, alpha, context = self.step(pixels, Open(place[:n], K), (h_weight, bias, context_weight),
                                              word_input, h[:n], c[:n])
             contexts.append(context.detach())
             states.append(h)
@@ -532,7 +531,7 @@ def beam_search(decoder, grid, beam_size, max_len, word_map):
     last, beam = torch.zeros_like(todo), torch.zeros_like(todo)
 
     for t in range(T):
-        beams = Open(torch.arange(len(todo) * K, device=grid.device), [K] * len(todo), K)
+        beams = Open(torch.arange(len(todo) * K, device=grid.device), K)
         h, c, alpha, _ = decoder.step(pixels, beams, weights, decoder.word_input(word.flatten()), h.flatten(0, 1),
                                       c.flatten(0, 1))
         h, c, alpha = (x.unflatten(0, (-1, K)) for x in (h, c, alpha))
