@@ -465,8 +465,8 @@ def make_loader(dataset, config, shuffle, rank=0, world_size=1):
         raise UserError(f"{dataset.path} holds no pictures")
     sampler = BatchSampler(len(dataset), config.batch_size, shuffle, config.seed, rank, world_size)
     return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=config.workers,
-                      pin_memory=torch.cuda.is_available(), persistent_workers=config.workers > 0,
-                      worker_init_fn=leave_signals)
+                      pin_memory=config.device != "cpu" and torch.cuda.is_available(),
+                      persistent_workers=config.workers > 0, worker_init_fn=leave_signals)
 
 
 def leave_signals(worker):

@@ -396,17 +396,21 @@ def module_state(module, storages):
 
 
 def get_device(config):
-    """The device of this process: the config's, or with "auto" this process's GPU where there is one.
+    """The device of this process, made the current one, on which kernels start and graphs are recorded.
+
+    "cuda" is, of several GPUs, that of this process; "auto" the same, or the CPU where there is none.
 
     Raises:
         UserError: a device that this machine lacks.
     """
     name = config.device
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from None
     return device
@@ -424,8 +428,6 @@ def init_distributed(device):
     """Join the other processes where torchrun started this one. Returns: rank (int), world_size (int)."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
         store = own_part(store, rank, world_size)
