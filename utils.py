@@ -181,7 +181,7 @@ def load_models(checkpoint, config, source):
             module.load_state_dict(state)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise UserError(f"the weights in {source} are of another architecture than its settings say: "
-                            f"{str(error)[:300]}") from None
+                            f"{' '.join(str(error).split())[:300]}") from None
     return models
 
 
