@@ -1,6 +1,6 @@
 # make sample   the whole pipeline on the sample set, from nothing to images/out_*.jpg
 # make test     lint and the whole test suite
-# make bench    speed and memory against the plain implementation, a quarter of an hour on two cores
+# make bench    speed and memory against the plain implementation, about twenty minutes on two cores
 # make fuzz     20,000 damaged and hostile files into the scripts: an hour or two
 PYTHON ?= python3
 BIN = .venv/bin

@@ -153,7 +153,7 @@ def parse_args(description, own=None, argv=None):
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = _raise_user_error
+    parser.error = fail
     parser.add_argument("--preset", default="ai_challenger", help=f"one of {', '.join(PRESETS)}")
     for name, keywords in (own or {}).items():
         parser.add_argument(f"--{name}", **keywords)
@@ -237,5 +237,6 @@ def boolean(text):
     return text == "true"
 
 
-def _raise_user_error(message):
+def fail(message):
+    """Raise UserError, for argparse's `parser.error`."""
     raise UserError(message)

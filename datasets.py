@@ -404,13 +404,19 @@ def damaged(path, error):
 
 def check_attributes(path, attributes, expected):
     """Raise UserError, naming the file and both values, where an attribute is not as expected."""
+    if what := difference(attributes, expected):
+        raise UserError(f"{path} was made with {what}: run pre_process.py --overwrite with the settings of this "
+                        f"run, or point --data_dir at the data that belongs to it")
+
+
+def difference(attributes, expected):
+    """The first attribute that is not as expected, in words that follow "made with"; None where all are."""
     for name, value in expected.items():
         found = " ".join(str(attributes.get(name)).split())
         if found != str(value):
-            what = {"word_map_digest": "another word map", "source": "other annotations"}.get(
+            return {"word_map_digest": "another word map", "source": "other annotations",
+                    "encoder_digest": "other encoder weights", "images_digest": "other pictures"}.get(
                 name, f"{name} {found}, not {value}")
-            raise UserError(f"{path} was made with {what}: run pre_process.py --overwrite with the settings of this "
-                            f"run, or point --data_dir at the data that belongs to it")
 
 
 class BatchSampler(Sampler):
@@ -465,8 +471,8 @@ def make_loader(dataset, config, shuffle, rank=0, world_size=1):
         raise UserError(f"{dataset.path} holds no pictures")
     sampler = BatchSampler(len(dataset), config.batch_size, shuffle, config.seed, rank, world_size)
     return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=config.workers,
-                      pin_memory=torch.cuda.is_available(), persistent_workers=config.workers > 0,
-                      worker_init_fn=leave_signals)
+                      pin_memory=config.device != "cpu" and torch.cuda.is_available(),
+                      persistent_workers=config.workers > 0, worker_init_fn=leave_signals)
 
 
 def leave_signals(worker):
@@ -521,12 +527,8 @@ def open_features(path, key, shape, mode="r"):
     except OSError as error:
         raise ValueError(f"cannot be read ({' '.join(str(error).split())})") from None
     try:
-        for name, value in key.items():
-            found = " ".join(str(file.attrs.get(name)).split())
-            if found != str(value):
-                what = {"encoder_digest": "encoder weights", "images_digest": "pictures"}.get(
-                    name, f"{name} ({found}, not {value})")
-                raise ValueError(f"was made with other {what}")
+        if what := difference(file.attrs, key):
+            raise ValueError(f"was made with {what}")
         data = own_data(file, "features", np.float16)
         offset = data.id.get_offset()  # None where chunked
         if data.shape != shape or offset is None or offset + data.nbytes > path.stat().st_size:

@@ -21,7 +21,7 @@ from skimage.transform import pyramid_expand
 
 from config import UserError, parse_args, replacing, run
 from datasets import PICTURE_SUFFIXES, BadPicture, open_picture, read_image, write_text
-from eval import encode, generate, positive
+from eval import generate, positive
 from models import pixel_positions
 from utils import open_checkpoint
 
@@ -55,10 +55,12 @@ def main():
             bad += 1
             print(f"unreadable picture: {error}")
             continue
-        grid = encode(encoder, torch.from_numpy(image)[None].to(device))
+        grid = encoder(torch.from_numpy(image)[None].to(device))
         caption, = generate(decoder, grid, torch.tensor([0]), config, checkpoint["word_map"], args.beam_size)
         picture = open_picture(path)
-        save_figure(draw_attention(picture, caption["words"], caption["alphas"], positions), out / name)
+        figure = draw_attention(picture, caption["words"], caption["alphas"], positions)
+        with replacing(out / name) as temporary:
+            figure.savefig(temporary, format="jpg", pil_kwargs={"quality": 88})
         if args.html:
             entries.append(page_entry(path.name, picture, caption))
         print(f"{path}\t{''.join(caption['words'])}\t{caption['score']:.3f}\t-> {out / name}"
@@ -168,12 +170,6 @@ def html_page(model, positions, entries):
     data = json.dumps(dict(model=model, positions=positions.tolist(), pictures=entries))
     # Without a "<" nothing in a file's name or a caption can end the script element that the data stand in.
     return TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", data.replace("<", "\\u003c"))
-
-
-def save_figure(figure, path):
-    """Write a figure as JPEG, whole or not at all."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="jpg", pil_kwargs={"quality": 88})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -57,8 +56,7 @@ def main():
     positions = pixel_positions(config.image_size, config.encoded_image_size)
     captions = []
     for images, _, _, rows in tqdm(loader, desc=f"caption {args.split}", unit="batch", disable=rank > 0):
-        batch = generate(decoder, encode(encoder, images.to(device)), rows, config, checkpoint["word_map"],
-                         args.beam_size)
+        batch = generate(decoder, encoder(images.to(device)), rows, config, checkpoint["word_map"], args.beam_size)
         for caption in batch:
             alphas = caption.pop("alphas")
             caption["course"] = attention_course(alphas, positions)
@@ -124,12 +122,6 @@ def positive(text):
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(text)
     return int(text)
-
-
-@torch.no_grad()
-def encode(encoder, images):
-    """The encoder's grid without gradients. Args: images uint8 (B, S, S, 3). Returns: float (B, h, w, D)."""
-    return encoder(images)
 
 
 def generate(decoder, grid, rows, config, word_map, beam_size):

@@ -97,7 +97,7 @@ class Loop:
         self.grad_cells = torch.empty_like(self.steps.cells)
         self.grad_raw = torch.empty_like(self.steps.context)  # of the context before its gate
         self.later_h, self.later_c = (torch.empty_like(x) for x in self.inputs[4:6])  # what later steps hand back
-        self.graphs, self.user = {}, None  # user: whose gradient will be asked for
+        self.graphs, self.is_busy = {}, False  # busy: until its gradient has been asked for
 
     def rows(self, t, buffers):
         """The rows of step t."""
@@ -149,12 +149,10 @@ def find_loop(*given):
     """A loop with room for these inputs: the last one, where it fits and is free. Args: as of Loop."""
     word_input, rest = given[6], [*given[:6], *given[7:]]
     shapes = word_input.device, word_input.dtype, word_input.shape[1:], *(x.shape for x in rest)
-    loop = loops.get(shapes)
-    if loop is None or loop.T < len(word_input) or loop.user:
-        loop = Loop(*given)
-        loops.clear()
-        loops[shapes] = loop
-    return loop
+    if shapes not in loops or loops[shapes].T < len(word_input) or loops[shapes].is_busy:
+        loops.clear()  # at once: memory may not suffice for two
+        loops[shapes] = Loop(*given)
+    return loops[shapes]
 
 
 class TimeLoop(torch.autograd.Function):
@@ -176,15 +174,14 @@ class TimeLoop(torch.autograd.Function):
         for mine, x in zip(loop.inputs, given):
             mine[:len(x)].copy_(x)
         loop.run("forward", T)
-        ctx.loop, ctx.T = loop, T
-        loop.user = ctx.user = object() if is_trained else None
+        ctx.loop, ctx.T, loop.is_busy = loop, T, is_trained
         return tuple(x[:T * N].view(T, N, -1).clone() for x in (loop.steps.h, loop.steps.alpha))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_h, grad_alpha):
-        loop, T = ctx.loop, ctx.T
-        if loop.user is not ctx.user:
+        loop, T, ctx.loop = ctx.loop, ctx.T, None
+        if loop is None:
             raise RuntimeError("the gradient of a fused time loop can be asked for once")
         grid, _, keys, energy_weight, h, *_, lengths = loop.inputs
         (B, P, A), D, (N, H) = keys.shape, grid.shape[2], h.shape
@@ -208,12 +205,12 @@ class TimeLoop(torch.autograd.Function):
         grads = (grad_grid, None, grad_keys, grad_energy_weight.sum(dim=(0, 1)), grad_keys.new_zeros(1),
                  loop.later_h.clone(), loop.later_c.clone(), grad_gates.reshape(T, N, 4 * H), grad_pre.T @ h_before,
                  grad_pre.sum(dim=0, dtype=torch.float32), grad_gates.T @ loop.steps.context[rows], None, None)
-        loop.user = None
+        loop.is_busy = False
         return grads
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels
+# Kernels; a program is what CUDA calls a block of threads
 
 KEYS = 64  # pixels, and units of the attention, in a program of keys_gradient
 

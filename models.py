@@ -11,7 +11,7 @@ Departures from the original, and why:
   commutes with whatever is linear: so only the energies are worked out on P pixels, the rest on G. Same numbers.
 - `encoder_att` of the pixels and the words' part of the LSTM's input do not depend on the state: once, not every step.
 - The K captions of a picture share its pixels. A caption that has ended leaves the time loop.
-- The hidden layer of the attention, (B, K, P, A), is never held whole, and made again in the backward pass.
+- The hidden layer of the attention, (B, K, P, A), is not kept: it is made again in the backward pass.
 - The words are scored, and the weights' gradients summed, for all real tokens together, outside the time loop.
 - A frozen layer stays in eval mode: its batch norms must not drift.
 - Generated captions never contain <pad>, <start> or <unk>, and one that never ends is given as far as it goes.
@@ -270,10 +270,6 @@ class Pixels(NamedTuple):
     grid: torch.Tensor  # (B, G, D)
     pool: torch.Tensor  # (P, G), every row sums to 1
     keys: torch.Tensor  # encoder_att(a), (B, P, A)
-
-    def of(self, pictures):
-        """The same for some of the pictures only (a mask or an index)."""
-        return Pixels(self.grid[pictures], self.pool, self.keys[pictures])
 
 
 class Open(NamedTuple):
@@ -556,7 +552,8 @@ def beam_search(decoder, grid, beam_size, max_len, word_map):
             now = todo[unfinished]
             best[now], last[now], beam[now] = top[unfinished], t, which[unfinished]
         elif not open_.all():
-            todo, pixels, seats = todo[open_], pixels.of(open_), seats[open_]
+            todo, seats = todo[open_], seats[open_]
+            pixels = Pixels(pixels.grid[open_], pixels.pool, pixels.keys[open_])
             h, c, word, score, parent = h[open_], c[open_], word[open_], score[open_], parent[open_]
         if not len(todo):
             break

@@ -42,11 +42,11 @@ from config import UserError, get_config, parse_args, run
 from datasets import (CaptionDataset, features_key, load_word_map, make_loader, start_features, write_features,
                       write_text)
 from demo import draw_attention
-from eval import encode, generate, score, tokenize_references
+from eval import generate, score, tokenize_references
 from models import build_models, caption_loss, pixel_positions
-from utils import (BEST_CHECKPOINT, CHECKPOINT, CHECKPOINT_VERSION, check_sizes, from_first_process, gather_lists,
-                   get_device, git_revision, init_distributed, keep_freed_memory, largest_of_processes,
-                   load_checkpoint, load_optimizer, load_state, save_checkpoint, sum_over_processes)
+from utils import (BEST_CHECKPOINT, CHECKPOINT, CHECKPOINT_VERSION, from_first_process, gather_lists, get_device,
+                   git_revision, init_distributed, keep_freed_memory, largest_of_processes, load_checkpoint,
+                   load_models, load_optimizer, save_checkpoint, sum_over_processes)
 
 PICTURES_SHOWN = 4  # validation pictures drawn in TensorBoard after every epoch
 
@@ -76,20 +76,16 @@ def main():
     if not any(valid_set.raw_captions):
         raise UserError(f"{valid_set.path} has no captions to choose the best checkpoint by")
 
-    if checkpoint:
-        check_sizes(checkpoint, config, path)
     torch.manual_seed(config.seed)
-    encoder, decoder = build_models(config, len(word_map), encoder_weights="none" if checkpoint else None)
+    encoder, decoder = load_models(checkpoint, config, path) if checkpoint else build_models(config, len(word_map))
     # All that a run needs to go on, besides the weights: where it is, what it has summed up since the epoch began
     # (totals) and since the last reading (recent), what it decides by, and the last entry of its log.
     state = dict(epoch=0, batch=0, step=0, totals=[0.0] * 6, recent=[0.0] * 6, seconds=0.0, best_score=-math.inf,
                  epochs_since_improvement=0, run=from_first_process(time.strftime("%Y%m%d-%H%M%S")), reading={},
                  entry={}, batches=dict(pictures=len(train_set), batch_size=config.batch_size, seed=config.seed))
     if checkpoint:
-        load_state(encoder, checkpoint["encoder"], path)
-        load_state(decoder, checkpoint["decoder"], path)
         state.update((name, checkpoint[name]) for name in state if name != "batches")
-        if config.fine_tune_encoder and not checkpoint["config"]["fine_tune_encoder"]:
+        if config.fine_tune_encoder and not checkpoint["config"].get("fine_tune_encoder"):
             state["epochs_since_improvement"] = 0  # what stopped improving was the decoder alone
         if state["batch"] and checkpoint["batches"] != state["batches"]:
             print(f"other batches than in the run so far ({state['batches']}, not {checkpoint['batches']}): epoch "
@@ -109,13 +105,15 @@ def main():
         resume_optimizers(optimizers, checkpoint, args.flags, path)
     if world_size > 1 and device.type == "cuda" and config.fine_tune_encoder:
         encoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
-    # What sees the pictures of validation, and of training; `encoder` is what is saved.
-    eyes = encoder if config.fine_tune_encoder else encoder.folded()
-    trained = (parallel(encoder, world_size) if config.fine_tune_encoder else frozen(encoder, config, device),
-               parallel(decoder, world_size))
+    # What sees the pictures of training and of validation; `encoder` is what is saved.
     if config.cache_features:
-        trained = keep_features(train_set, encoder, config, device, rank, world_size), trained[1]
-        eyes = keep_features(valid_set, encoder, config, device, rank, world_size)
+        train_encoder, valid_encoder = (keep_features(dataset, encoder, config, device, rank, world_size)
+                                        for dataset in (train_set, valid_set))
+    elif config.fine_tune_encoder:
+        train_encoder, valid_encoder = parallel(encoder, world_size), encoder
+    else:
+        train_encoder, valid_encoder = frozen(encoder, config, device), encoder.folded()
+    train_decoder = parallel(decoder, world_size)
 
     folder = Path(config.log_dir) / state["run"]
     writer = start_log(folder, config, state, checkpoint, len(train_loader), valid_set) if rank == 0 else None
@@ -142,8 +140,8 @@ def main():
 
     pause = Pause(config.checkpoint_minutes, save)
     while state["epoch"] < config.epochs and state["epochs_since_improvement"] < config.early_stop_epochs:
-        training = train_one_epoch(*trained, optimizers, train_loader, config, state, writer, pause)
-        validation, captions = validate(eyes, decoder, valid_loader, config, word_map, pause)
+        training = train_one_epoch(train_encoder, train_decoder, optimizers, train_loader, config, state, writer, pause)
+        validation, captions = validate(valid_encoder, decoder, valid_loader, config, word_map, pause)
         pause()
         validation.update(from_first_process(
             score([caption["words"] for caption in captions], references) if rank == 0 else None))
@@ -429,7 +427,7 @@ def keep_features(dataset, encoder, config, device, rank, world_size):
 
 def encode_half(encoder, images, rows, dataset):
     """A batch's grids as an fp16 array (B, h, w, D); UserError, naming the pictures, where fp16 cannot hold them."""
-    grid = encode(encoder, images).half()
+    grid = encoder(images).half()
     if not grid.isfinite().all():
         names = ", ".join(dataset.image_ids[row] for row in rows.tolist())
         raise UserError(f"the encoder gives values that fp16 cannot hold (beyond 65504) for one of the pictures "

@@ -153,36 +153,36 @@ def way_back(path):
             f"mv {shlex.quote(str(previous))} {shlex.quote(str(path))}, and --resume goes on from there")
 
 
-def load_models(checkpoint, config, device, source):
-    """The trained encoder (folded) and decoder of a checkpoint, in eval mode.
+def load_models(checkpoint, config, source):
+    """The encoder and decoder of a checkpoint.
 
     Args:
-        checkpoint (dict): of load_checkpoint. config (Config). device (torch.device). source: its path, for messages.
+        checkpoint (dict): of load_checkpoint. config (Config). source: its path, for messages.
     Returns:
         Encoder, DecoderWithAttention
     Raises:
-        UserError: the weights do not fit the architecture.
+        UserError: the weights do not fit the settings; found before these take any memory.
     """
-    check_sizes(checkpoint, config, source)
-    encoder, decoder = build_models(config, len(checkpoint["word_map"]), encoder_weights="none")
-    load_state(encoder, checkpoint["encoder"], source)
-    load_state(decoder, checkpoint["decoder"], source)
-    return encoder.folded().to(device), decoder.to(device).eval()
-
-
-def check_sizes(checkpoint, config, source):
-    """Raise UserError, naming `source`, where the weights do not fit the settings, before these take any memory."""
+    states = checkpoint["encoder"], checkpoint["decoder"]
     try:
         with torch.device("meta"):
             models = build_models(config, len(checkpoint["word_map"]), encoder_weights="none")
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # a size beyond 64 bits
         raise UserError(f"{source} has settings that no model can have ({str(error)[:200]})") from None
-    for module, state in zip(models, (checkpoint["encoder"], checkpoint["decoder"])):
+    for module, state in zip(models, states):
         for name, weights in module.state_dict().items():
             found = state[name].shape if name in state else None
             if weights.ndim and found != weights.shape:  # some have no counts of batches
                 raise UserError(f"the weights in {source} are of another architecture than its settings say: {name} "
                                 f"is {found and [*found]}, not {[*weights.shape]}")
+    models = build_models(config, len(checkpoint["word_map"]), encoder_weights="none")
+    for module, state in zip(models, states):
+        try:
+            module.load_state_dict(state)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise UserError(f"the weights in {source} are of another architecture than its settings say: "
+                            f"{' '.join(str(error).split())[:300]}") from None
+    return models
 
 
 def load_optimizer(optimizer, saved, source):
@@ -210,15 +210,6 @@ def load_optimizer(optimizer, saved, source):
     optimizer.load_state_dict(dict(own, state=state))
 
 
-def load_state(module, state, source):
-    """module.load_state_dict(state), strictly; what does not fit is a UserError that names `source`."""
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"the weights in {source} are of another architecture than its settings say: "
-                        f"{str(error)[:300]}") from None
-
-
 def open_checkpoint(args):
     """What eval.py and demo.py begin with: the checkpoint, its settings under the user's flags, and its models.
 
@@ -226,7 +217,7 @@ def open_checkpoint(args):
         args (Namespace): of parse_args; `checkpoint` is a path, or None for the preset's best one; `word_map` is the
             path of the word map where the checkpoint is one of the original.
     Returns:
-        dict, Config, torch.device, Encoder, DecoderWithAttention
+        dict, Config, torch.device, Encoder (folded), DecoderWithAttention, both in eval mode
     """
     path = args.checkpoint or Path(get_config(args.preset, args.flags).model_dir) / BEST_CHECKPOINT
     checkpoint = load_checkpoint(path, args.word_map)
@@ -234,7 +225,8 @@ def open_checkpoint(args):
     device = get_device(config)
     print(f"{path}: epoch {checkpoint['epoch']}, {config.encoder}, {len(checkpoint['word_map'])} words, trained by "
           f"`{checkpoint.get('command', 'unknown')}`")
-    return checkpoint, config, device, *load_models(checkpoint, config, device, path)
+    encoder, decoder = load_models(checkpoint, config, path)
+    return checkpoint, config, device, encoder.folded().to(device), decoder.to(device).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,17 +388,21 @@ def module_state(module, storages):
 
 
 def get_device(config):
-    """The device of this process: the config's, or with "auto" this process's GPU where there is one.
+    """The device of this process, made the current one, on which kernels start and graphs are recorded.
+
+    "cuda" is, of several GPUs, that of this process; "auto" the same, or the CPU where there is none.
 
     Raises:
         UserError: a device that this machine lacks.
     """
     name = config.device
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from None
     return device
@@ -424,8 +420,6 @@ def init_distributed(device):
     """Join the other processes where torchrun started this one. Returns: rank (int), world_size (int)."""
     if "WORLD_SIZE" not in os.environ:
         return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
         store = own_part(store, rank, world_size)

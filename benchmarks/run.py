@@ -1,16 +1,16 @@
 """How fast this repository is, against the plain implementation in reference.py: same numbers, less time and memory.
 
     python benchmarks/run.py train                        # one group: preprocess, train, eval or scaling
-    python benchmarks/run.py all --json results.json      # `make bench`; about a quarter of an hour on two cores
+    python benchmarks/run.py all --json results.json      # `make bench`; about twenty minutes on two cores
     python benchmarks/run.py epoch                        # a whole epoch of AI Challenger's size, on a GPU
     python benchmarks/run.py scaling --plot scaling.png   # time and memory against batch, caption length, vocabulary
 
 Each case runs the two sides in processes of their own, in turns, so that what else the machine does befalls both. A
 first turn each is not counted; in it both must give the same loss and gradients, or the same captions. On a GPU a turn
-of training is ten steps, of which one is given. A ratio is
-that of two neighbouring turns; given are the median and the range of the ratios. Memory is the peak of the first turn
-above what the side held before it (weights and input). The sizes are AI Challenger's: 9,000 words, captions of 10 to
-21 tokens, ResNet-101 at 256 pixels, 512 dimensions, with random weights and pictures, which take the same time.
+of training is ten steps, the time given their mean. A ratio is that of two neighbouring turns; given are the median and
+the range of the ratios. Memory is the peak of the first turn above what the side held before it (weights and input).
+The sizes are AI Challenger's: 9,000 words, captions of 10 to 21 tokens, ResNet-101 at 256 pixels, 512 dimensions, with
+random weights and pictures, which take the same time.
 
 Two floors say how much faster it could be at all: the product's multiplications and additions over the rate of a large
 matrix product, and the bytes that its products and convolutions read and write, each once, over the rate of a copy.
@@ -46,10 +46,10 @@ import pre_process  # noqa: E402
 from benchmarks import reference  # noqa: E402
 from config import Config, UserError, run  # noqa: E402
 from datasets import END, PAD, START, UNK, CaptionDataset, make_loader  # noqa: E402
-from models import DecoderWithAttention, Encoder, beam_search, caption_loss  # noqa: E402
+from models import DecoderWithAttention, Encoder, beam_search, caption_loss, kernels  # noqa: E402
 from train import (KeptFeatures, Replayed, frozen, make_optimizers, mixed_precision, parameters,  # noqa: E402
                    train_one_epoch)
-from utils import keep_freed_memory  # noqa: E402
+from utils import get_device, keep_freed_memory  # noqa: E402
 
 CONFIG = Config(encoder_weights="none", dropout=0.0)  # dropout draws other numbers on each side
 PICTURES, K, TOKENS, V = dict(cpu=12, cuda=CONFIG.batch_size), 5, (10, 21), 9000
@@ -280,7 +280,7 @@ def serve(connection, make, side, device):
     What goes wrong is sent in the place of the answer, and ends the benchmark.
     """
     try:
-        answer(connection, make, side, torch.device(device))
+        answer(connection, make, side, get_device(Config(device=device)))
     except Exception:
         connection.send(traceback.format_exc())
     finally:
@@ -297,6 +297,8 @@ def answer(connection, make, side, device):
     for order in iter(connection.recv, "stop"):
         if order == "count":  # operations and bytes of one turn
             Replayed.forward = lambda self, x: self.module(x)  # a graph's cannot be counted
+            if kernels is not None:
+                kernels.Loop.run = lambda self, what, T: getattr(self, what)(T)
             with FlopCounterMode(display=False) as flops, CountBytes() as traffic:
                 turn()
             connection.send((flops.get_total_flops(), traffic.total))
@@ -565,7 +567,7 @@ def main():
                                      allow_abbrev=False)
     parser.add_argument("group", nargs="?", default="all", choices=(*CASES, "epoch", "scaling", "all"))
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side that count (5)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=CONFIG.device)
     parser.add_argument("--pictures", type=int, default=210_000, help="of an epoch (210000)")
     parser.add_argument("--batch_size", type=int, default=CONFIG.batch_size, help=f"of an epoch ({CONFIG.batch_size})")
     parser.add_argument("--workers", type=int, default=CONFIG.workers, help=f"of an epoch ({CONFIG.workers})")
@@ -573,7 +575,7 @@ def main():
     parser.add_argument("--plot", metavar="FILE", default=Path(__file__).parent / "scaling.png",
                         help="where scaling draws its curves (benchmarks/scaling.png)")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = get_device(Config(device=args.device))
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else \
         f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()} {chip}, Python {platform.python_version()}, torch "

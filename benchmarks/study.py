@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scripts are
 
 import train  # noqa: E402
+import utils  # noqa: E402
 from benchmarks import reference  # noqa: E402
 from config import UserError, get_config, parse_args, run  # noqa: E402
 from datasets import CaptionDataset, load_word_map, write_text  # noqa: E402
@@ -43,7 +44,7 @@ def main():
 
 def train_reference(argv):
     sys.argv = [f"{sys.argv[0]} reference", "--precision", "float32", *argv]
-    train.build_models = build_plain
+    train.build_models = utils.build_models = build_plain
     train.main()
 
 
@@ -105,6 +106,8 @@ def baselines(argv):
 
 def curves(argv):
     """Args: the picture to write, then the log.jsonl files. Of logs/NAME/RUN/log.jsonl the curve is called NAME."""
+    if len(argv) < 2:
+        raise UserError("study.py curves takes the picture to write, then log.jsonl files")
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     axes = figure.subplots(1, 3)
     for number, path in enumerate(map(Path, argv[1:])):

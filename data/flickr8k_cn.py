@@ -5,9 +5,8 @@ Lays Flickr8k-CN, as its publishers give it, out exactly as AI Challenger 2017's
     $ python pre_process.py --preset flickr8k_cn
 
 FOLDER holds Flicker8k_Dataset/ with the photographs, flickr8kzhc.caption.txt with the sentences that Chinese speakers
-wrote, and flickr8ktrain.txt, flickr8kval.txt and flickr8ktest.txt; data/README.md says where they come from. From all
-of them:
-train   6,000 pictures and 30,000 captions; valid 1,000 and 5,000; test_a 1,000 and 5,000.
+wrote, and flickr8ktrain.txt, flickr8kval.txt and flickr8ktest.txt; data/README.md says where they come from. They give
+6,000 pictures and 30,000 captions for train, 1,000 and 5,000 each for valid and test_a.
 
 The pictures are hard links where the disk allows them, and then take no space of their own.
 """
@@ -23,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where config.py is
 
-from config import UserError, run  # noqa: E402
+from config import UserError, fail, run  # noqa: E402
 from pre_process import SPLITS, is_file_name  # noqa: E402
 
 PICTURES, CAPTIONS = "Flicker8k_Dataset", "flickr8kzhc.caption.txt"
@@ -166,9 +165,6 @@ def write_splits(out, pictures, splits):
 
 
 def main():
-    def fail(message):
-        raise UserError(message)
-
     parser = argparse.ArgumentParser(description="Lay Flickr8k-CN out as AI Challenger is.", allow_abbrev=False)
     parser.error = fail
     parser.add_argument("source", type=Path, metavar="FOLDER", help="what its publishers give; see data/README.md")

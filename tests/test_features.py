@@ -173,7 +173,7 @@ def test_the_pictures_digest_is_of_all_their_pixels(tiny):
      "other pictures"),
     (lambda folder, encoder: rewrite(folder / "valid.h5", lambda file: (
         replace(file, "images", lambda file, name, data: file.create_dataset(name, data=data[:, :60, :60])),
-        file.attrs.update(image_size=60))), "image_size (64, not 60)"),
+        file.attrs.update(image_size=60))), "image_size 64, not 60"),
 ], ids=["weights", "pictures", "size"])
 def test_features_of_another_encoder_or_of_other_pictures_are_not_used(change, reason, folder, capsys):
     encoder = Encoder("resnet18", "none")
@@ -186,7 +186,7 @@ def test_features_of_another_encoder_or_of_other_pictures_are_not_used(change, r
     dataset, _, encoded = keep(folder, encoder, image_size=size)
     assert encoded == 4 and is_the_encoders(dataset, encoder) and not np.allclose(before, dataset.features, rtol=0.01)
     line, = capsys.readouterr().out.splitlines()
-    assert f"{folder / 'valid_features.h5'} was made with {reason}" in line.replace("other image_size", "image_size")
+    assert f"{folder / 'valid_features.h5'} was made with {reason}" in line
     assert keep(folder, encoder, image_size=size)[2] == 0
 
 

@@ -18,7 +18,7 @@ from torch.nn.backends.thnn import _get_thnn_function_backend
 import models
 from config import ENCODERS, Config, UserError, parse_args
 from datasets import END, PAD, START, UNK, read_image
-from eval import encode, generate
+from eval import generate
 from utils import CHECKPOINT_VERSION, RESNETS, OriginalUnpickler, load_checkpoint, open_checkpoint
 
 CONFIG = Config(encoder="resnet18", encoder_weights="none", emb_dim=24, attention_dim=16, decoder_dim=32)
@@ -146,7 +146,7 @@ def test_demo_and_evaluation_caption_as_with_our_own_checkpoint(folder, tiny, tm
     quick, data = ["--max_len", "5", "--device", "cpu"], tmp_path / "data"
     checkpoint, config, _, encoder, decoder = opened(folder / "own.pth.tar", *quick)
     images = torch.stack([torch.from_numpy(read_image(picture, config.image_size)) for picture in pictures])
-    captions = generate(decoder, encode(encoder, images), torch.arange(4), config, checkpoint["word_map"], 3)
+    captions = generate(decoder, encoder(images), torch.arange(4), config, checkpoint["word_map"], 3)
     expected = {picture.name: "".join(caption["words"]) for picture, caption in zip(pictures, captions)}
     assert len(set(expected.values())) > 1, "captions that tell the pictures apart"
 

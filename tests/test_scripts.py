@@ -1,5 +1,6 @@
 """The four scripts end to end, as a user calls them, on a few tiny drawn pictures; every output is looked into."""
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -12,9 +13,10 @@ from conftest import NOT_BEGUN, error_line, files_under, script
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from config import UserError, parse_args
-from datasets import load_word_map
-from utils import CHECKPOINT_VERSION, load_checkpoint, load_optimizer, open_checkpoint, save_checkpoint
+from config import Config, UserError, get_config, parse_args
+from datasets import CaptionDataset, load_word_map, make_loader
+from utils import (CHECKPOINT_VERSION, get_device, load_checkpoint, load_optimizer, open_checkpoint,
+                   save_checkpoint)
 
 @pytest.fixture(scope="session")
 def trained(tiny, tiny_flags, tmp_path_factory):
@@ -432,3 +434,29 @@ def test_the_ai_challenger_preset_at_its_full_size(tiny, tmp_path):
     config = load_checkpoint(tmp_path / "models" / "BEST_checkpoint.pth.tar")["config"]
     assert (config["encoder"], config["image_size"], config["encoded_image_size"]) == ("resnet101", 256, 14)
     assert config["emb_dim"] == config["attention_dim"] == config["decoder_dim"] == 512
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices
+
+
+@pytest.mark.parametrize("name, local_rank, index", [("cuda:1", None, 1), ("cuda", None, 0), ("cuda", "2", 2),
+                                                     ("auto", "2", 2)])
+def test_a_gpu_that_is_chosen_is_the_one_that_kernels_and_graphs_run_on(name, local_rank, index, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch, "empty", lambda size, device: None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    device = get_device(Config(device=name))
+    assert device == torch.device("cuda", index) and current == [device]
+
+
+def test_a_run_on_the_cpu_leaves_gpus_alone(tiny_flags, monkeypatch):
+    config = get_config(flags=parse_args("", argv=tiny_flags).flags)
+    dataset = CaptionDataset(config, "train", load_word_map(config.data_dir))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not make_loader(dataset, config, True).pin_memory
+    assert make_loader(dataset, dataclasses.replace(config, device="auto"), True).pin_memory
