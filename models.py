@@ -126,7 +126,7 @@ def fold_batch_norms(module):
 class FusedBlock(nn.Module):
     """Convolutions in a row, each with its relu; the input, or `shortcut` of it, is added before the last relu.
 
-    On NVIDIA's GPUs a convolution, the addition and the relu are one kernel of cuDNN's.
+    On NVIDIA's GPUs from Ampere on a convolution, the addition and the relu are one kernel of cuDNN's.
 
     Args:
         convolutions (list of Conv2d). shortcut (Module or None: nothing is added).
@@ -151,7 +151,7 @@ def fused(block):
 
 def convolve(convolution, x, added=None):
     """relu(convolution(x) + added). Args: convolution (Conv2d). x: (N, C, h, w). added: of the result's shape."""
-    if not (x.is_cuda and torch.version.cuda):
+    if not (x.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)):
         x = convolution(x)
         return (x if added is None else x.add_(added)).relu_()
     arguments = convolution.bias, convolution.stride, convolution.padding, convolution.dilation, convolution.groups
