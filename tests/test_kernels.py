@@ -14,6 +14,8 @@ def on_cpu(monkeypatch):
     """A function after which the fused loop is used on the CPU too, run by Triton's interpreter; without graphs."""
     if torch.cuda.is_available():
         pytest.skip("the kernels are not interpreted where there is a GPU")
+    if tuple(map(int, kernels.triton.__version__.split(".")[:2])) < (3, 8):
+        pytest.skip("Triton's older interpreters cannot count up to what a kernel has read, with today's NumPy")
 
     def use():
         monkeypatch.setattr(kernels, "are_usable", lambda grid, pool: True)
