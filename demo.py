@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from skimage.transform import pyramid_expand
 
 from config import UserError, parse_args, replacing, run
 from datasets import PICTURE_SUFFIXES, BadPicture, open_picture, read_image, write_text
@@ -27,6 +26,7 @@ from utils import open_checkpoint
 
 FONT = FontProperties(fname=str(Path(mplfonts.__file__).parent / "fonts" / "NotoSansCJKsc-Regular.otf"))
 TILES_A_ROW = 6
+HEAT_SIDE = 128  # pixels of a heat map, which is stretched over the picture
 TEMPLATE = Path(__file__).parent / "images" / "template.html"
 
 
@@ -112,8 +112,7 @@ def draw_attention(picture, words, alphas, positions):
     picture.thumbnail((384, 384))
     pixels = np.asarray(picture)
     gray = np.asarray(picture.convert("L"))
-    pitch = positions[1] - positions[0] if len(positions) > 1 else 1.0
-    first, last = positions[0] - 1.5 * pitch, positions[-1] + 1.5 * pitch  # the edges of the map below
+    weights = heat_weights(positions)
     columns = min(TILES_A_ROW, len(words) + 1)
     rows = -(-(len(words) + 1) // columns)
     width, height = 1.9 * columns, (1.9 * picture.height / picture.width + 0.35) * rows + 0.5
@@ -128,14 +127,27 @@ def draw_attention(picture, words, alphas, positions):
         if alpha is None:
             axis.imshow(pixels)
         else:
-            axis.imshow(gray, cmap="gray", vmin=0, vmax=255)
-            # A rim, since the outer pixels' centres lie inside the picture; what of it lies outside is not shown.
-            smooth = pyramid_expand(np.pad(alpha, 1, mode="edge"), upscale=16, sigma=8)
-            axis.imshow(smooth, cmap="jet", alpha=0.5, extent=(first * picture.width, last * picture.width,
-                                                               last * picture.height, first * picture.height))
-            axis.set(xlim=(0, picture.width), ylim=(picture.height, 0))
+            extent = (0, picture.width, picture.height, 0)
+            axis.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=extent)
+            axis.imshow(weights @ alpha @ weights.T, cmap="jet", alpha=0.5, extent=extent)
     figure.tight_layout(pad=0.4)
     return figure
+
+
+def heat_weights(positions):
+    """What makes a smooth heat map of the whole picture out of an attention map: weights @ alpha @ weights.T.
+
+    Args:
+        positions (float array (s,)): of pixel_positions.
+    Returns:
+        float array (HEAT_SIDE, s): how much of each of the attention's rows (or columns, they are alike) a row of the
+        heat map takes, 1 in all; rows at the same place share alike.
+    """
+    # A Gaussian over steps from place to place: over distances a peak would lean towards the wider of its two steps.
+    places, number, equals = np.unique(positions, return_inverse=True, return_counts=True)
+    rows = np.interp((np.arange(HEAT_SIDE) + 0.5) / HEAT_SIDE, places, np.arange(len(places)))
+    near = np.exp(-0.5 * ((rows[:, None] - number) / 0.65) ** 2) / equals[number]
+    return near / near.sum(axis=1, keepdims=True)
 
 
 def page_entry(name, picture, caption):
@@ -167,7 +179,8 @@ def html_page(model, positions, entries):
     Returns:
         str
     """
-    data = json.dumps(dict(model=model, positions=positions.tolist(), pictures=entries))
+    weights = heat_weights(positions).round(4)
+    data = json.dumps(dict(model=model, positions=positions.tolist(), weights=weights.tolist(), pictures=entries))
     # Without a "<" nothing in a file's name or a caption can end the script element that the data stand in.
     return TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", data.replace("<", "\\u003c"))
 

@@ -26,7 +26,6 @@ import warnings
 from typing import NamedTuple
 from urllib.error import URLError
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -292,14 +291,16 @@ def pixel_positions(image_size, encoded_image_size):
 
     A ResNet halves the picture five times, each time with output i centred on input 2i. So cell i of its grid is
     centred on pixel 32 i: half a cell further up and left than a map stretched over the whole picture would show it.
+    A pixel of the attention lies in the middle of the cells that pooling makes it of, and these are not evenly spaced.
 
     Args:
         image_size (int): S, side of the picture. encoded_image_size (int): side of the square of P pixels.
     Returns:
-        float array (encoded_image_size,): centres as fractions of the side, the same for rows and columns.
+        float array (encoded_image_size,): centres as fractions of the side, the same for rows and columns, ascending;
+        pixels made of the same cells lie at the same place.
     """
-    cells = math.ceil(image_size / 32)
-    in_cells = (np.arange(encoded_image_size) + 0.5) / encoded_image_size * cells - 0.5
+    cells = torch.arange(math.ceil(image_size / 32), dtype=torch.float64)
+    in_cells = F.adaptive_avg_pool1d(cells[None], encoded_image_size)[0].numpy()
     return (32 * in_cells + 0.5) / image_size
 
 

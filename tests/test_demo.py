@@ -1,8 +1,10 @@
-"""The page that demo.py --html writes."""
+"""The figures that demo.py draws and the page that it writes with --html."""
 import base64
 import dataclasses
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -19,6 +21,7 @@ from models import build_models, pixel_positions
 from utils import CHECKPOINT_VERSION, save_checkpoint
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!--{{DATA}}"
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +109,62 @@ def test_the_page_asks_for_nothing_and_takes_no_text_for_html(run_demo, tmp_path
     for _, attributes in page.tags:
         assert all(attributes.get(name, "data:").startswith("data:") for name in ("src", "srcset", "href", "action"))
     assert not re.search(r"\w://|url\(|@import|innerHTML|\bfetch\b|import\(", text)
+
+
+def peaks(image_size, encoded_image_size):
+    """A word for each row of the attention, with its peak in the columns from the right to the left.
+
+    Returns:
+        dict: of generate. positions: float array (s,). places: float array (s, 2), of the peaks, across and down.
+    """
+    positions = pixel_positions(image_size, encoded_image_size)
+    alphas = np.array([np.outer(positions == y, positions == x) for y, x in zip(positions, positions[::-1])], float)
+    caption = dict(words=["词"] * len(positions), alphas=alphas + 0.01, score=-1.0, ended=True)
+    return caption, positions, np.stack([positions[::-1], positions], axis=1)
+
+
+@pytest.mark.parametrize("settings", [(256, 14), (64, 5), (160, 5)], ids="{0[0]} to {0[1]}".format)
+def test_a_figure_shows_attention_where_it_lies(settings):
+    caption, positions, places = peaks(*settings)
+    size = 120, 80
+    figure = demo.draw_attention(Image.new("RGB", size), caption["words"], caption["alphas"], positions)
+    for axis, place in zip(figure.axes[1:], places):
+        heat, (left, right, bottom, top) = axis.images[-1].get_array(), axis.images[-1].get_extent()
+        row, column = np.unravel_index(heat.argmax(), heat.shape)
+        found = (left + (column + 0.5) / heat.shape[1] * (right - left),
+                 top + (row + 0.5) / heat.shape[0] * (bottom - top))
+        assert np.divide(found, size) == pytest.approx(place, abs=0.01)
+
+
+IN_THE_PAGE = """
+<script>
+onload = () => {
+  const canvas = document.querySelector("canvas"), context = canvas.getContext("2d", { willReadFrequently: true });
+  const peaks = [...document.querySelectorAll(".words button")].map(button => {
+    rest();  // from nothing a map is there at once
+    button.click();
+    const green = context.getImageData(0, 0, SIDE, SIDE).data.filter((_, i) => i % 4 === 1);
+    const peak = green.indexOf(Math.max(...green));
+    return [(peak % SIDE + 0.5) / SIDE, (Math.floor(peak / SIDE) + 0.5) / SIDE];
+  });
+  document.title = JSON.stringify(peaks);
+};
+</script>
+"""
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium here")
+def test_a_browser_shows_attention_where_it_lies(tmp_path):
+    caption, positions, places = peaks(256, 14)
+    entry = demo.page_entry("a.jpg", Image.new("RGB", (120, 80)), caption)
+    page = demo.html_page("model", positions, [entry]) + IN_THE_PAGE
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    flags = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+             "disable-component-update", "disable-sync", f"user-data-dir={tmp_path / 'user'}", "dump-dom")
+    done = subprocess.run([BROWSER, *(f"--{flag}" for flag in flags), (tmp_path / "page.html").as_uri()],
+                          capture_output=True, encoding="utf-8", timeout=60)
+    found = json.loads(re.search("<title>(.*)</title>", done.stdout)[1])
+    assert np.array(found) == pytest.approx(places, abs=0.01)
 
 
 def test_the_page_tells_pixels_only_and_few(tmp_path):

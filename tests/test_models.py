@@ -314,10 +314,11 @@ def test_a_cell_of_the_grid_looks_where_pixel_positions_says():
     assert ((weight.sum(dim=0) * pixels).sum() / weight.sum()).item() == pytest.approx(positions[7], abs=1 / 512)
 
 
-def test_pixel_positions_of_a_pooled_grid_are_the_means_of_its_cells():
+@pytest.mark.parametrize("side", [4, 14])
+def test_pixel_positions_of_a_pooled_grid_are_the_means_of_its_cells(side):
     cells = pixel_positions(256, 8)
-    assert torch.allclose(pool_matrix(8, 8, 4).float() @ torch.tensor(cells).float().repeat(8),
-                          torch.tensor(pixel_positions(256, 4)).float().repeat(4))
+    assert torch.allclose(pool_matrix(8, 8, side).float() @ torch.tensor(cells).float().repeat(8),
+                          torch.tensor(pixel_positions(256, side)).float().repeat(side))
 
 
 def test_a_frozen_encoder_does_not_change_in_training():
