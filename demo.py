@@ -15,6 +15,7 @@ from pathlib import Path
 import mplfonts
 import numpy as np
 import torch
+from fontTools import subset
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
@@ -171,7 +172,7 @@ def page_entry(name, picture, caption):
 
 
 def html_page(model, positions, entries):
-    """A page that needs nothing else: images/template.html with its data.
+    """A page that needs nothing else: images/template.html with its data and its font.
 
     Args:
         model (str): which one it was, to be shown. positions (float array (s,)): of pixel_positions.
@@ -180,9 +181,29 @@ def html_page(model, positions, entries):
         str
     """
     weights = heat_weights(positions).round(4)
-    data = json.dumps(dict(model=model, positions=positions.tolist(), weights=weights.tolist(), pictures=entries))
+    data = dict(model=model, positions=positions.tolist(), weights=weights.tolist(), pictures=entries)
+    template = TEMPLATE.read_text(encoding="utf-8")
+    font = base64.b64encode(font_subset(template + json.dumps(data, ensure_ascii=False))).decode()
     # Without a "<" nothing in a file's name or a caption can end the script element that the data stand in.
-    return TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", data.replace("<", "\\u003c"))
+    data = json.dumps(data).replace("<", "\\u003c")
+    return template.replace("{{FONT}}", font).replace("{{DATA}}", data)  # in this order: a caption may say {{FONT}}
+
+
+def font_subset(text):
+    """FONT with no more than a text's characters, about 20 KB.
+
+    Args:
+        text (str): what FONT lacks of it is left out.
+    Returns:
+        bytes: a WOFF, the same for the same characters.
+    """
+    options, woff = subset.Options(flavor="woff", layout_features=[]), io.BytesIO()
+    with subset.load_font(FONT.get_file(), options, dontLoadGlyphNames=True) as font:
+        subsetter = subset.Subsetter(options)
+        subsetter.populate(unicodes=map(ord, text))
+        subsetter.subset(font)
+        subset.save_font(font, woff, options)
+    return woff.getvalue()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The figures that demo.py draws and the page that it writes with --html."""
 import base64
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import NOT_BEGUN
+from fontTools.ttLib import TTFont
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -108,7 +110,27 @@ def test_the_page_asks_for_nothing_and_takes_no_text_for_html(run_demo, tmp_path
     assert rules.pop("default-src") == "'none'" and set(rules.values()) <= {"data:", "'unsafe-inline'"}
     for _, attributes in page.tags:
         assert all(attributes.get(name, "data:").startswith("data:") for name in ("src", "srcset", "href", "action"))
-    assert not re.search(r"\w://|url\(|@import|innerHTML|\bfetch\b|import\(", text)
+    assert not re.search(r"\w://|url\((?!data:)|@import|innerHTML|\bfetch\b|import\(", text)
+
+
+def test_the_page_brings_every_character_that_it_shows(monkeypatch):
+    """A machine without a Chinese font shows no empty boxes; and the same pictures give the same page."""
+    caption, positions, _ = peaks(32, 2)
+    caption["words"] = ["一辆", "龘龘"]
+    model, names = "编码器 · epoch 7", ["假日 – 北京.jpg", "日本の한국.png"]
+    # What no font has, and a name that is no UTF-8, are left as they are.
+    entries = [demo.page_entry(name, Image.new("RGB", (8, 8)), caption) for name in (*names, "\ue123 \udcff.jpg")]
+    text = demo.html_page(model, positions, entries)
+    font, = re.findall(r"url\(data:font/woff;base64,([\w+/=]+)\)", text)
+    assert len(font) < 60_000
+    characters = TTFont(io.BytesIO(base64.b64decode(font))).getBestCmap().keys()
+    shown = demo.TEMPLATE.read_text(encoding="utf-8") + "".join([model, *names, *caption["words"]])
+    assert not {character for character in shown if not character.isascii() and ord(character) not in characters}
+    family, = re.findall(r"@font-face {[^}]*font-family: ([^;]+);", text)
+    fonts = re.findall(r"\bfont(?:-family)?: ([^;}]*)", re.sub("@font-face {[^}]*}", "", text))
+    assert fonts and all(font == "inherit" or f" {family}," in font for font in fonts)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")  # what fontTools takes for the time
+    assert demo.html_page(model, positions, entries) == text
 
 
 def peaks(image_size, encoded_image_size):
@@ -138,7 +160,7 @@ def test_a_figure_shows_attention_where_it_lies(settings):
 
 IN_THE_PAGE = """
 <script>
-onload = () => {
+onload = async () => {
   const canvas = document.querySelector("canvas"), context = canvas.getContext("2d", { willReadFrequently: true });
   const peaks = [...document.querySelectorAll(".words button")].map(button => {
     rest();  // from nothing a map is there at once
@@ -147,24 +169,27 @@ onload = () => {
     const peak = green.indexOf(Math.max(...green));
     return [(peak % SIDE + 0.5) / SIDE, (Math.floor(peak / SIDE) + 0.5) / SIDE];
   });
-  document.title = JSON.stringify(peaks);
+  await document.fonts.ready;
+  document.title = JSON.stringify({ peaks, fonts: [...document.fonts].map(font => font.status) });
 };
 </script>
 """
 
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium here")
-def test_a_browser_shows_attention_where_it_lies(tmp_path):
+def test_a_browser_shows_attention_where_it_lies_and_takes_the_font(tmp_path):
     caption, positions, places = peaks(256, 14)
     entry = demo.page_entry("a.jpg", Image.new("RGB", (120, 80)), caption)
     page = demo.html_page("model", positions, [entry]) + IN_THE_PAGE
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
     flags = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-             "disable-component-update", "disable-sync", f"user-data-dir={tmp_path / 'user'}", "dump-dom")
+             "disable-component-update", "disable-sync", f"user-data-dir={tmp_path / 'user'}",
+             "virtual-time-budget=1000", "dump-dom")
     done = subprocess.run([BROWSER, *(f"--{flag}" for flag in flags), (tmp_path / "page.html").as_uri()],
                           capture_output=True, encoding="utf-8", timeout=60)
     found = json.loads(re.search("<title>(.*)</title>", done.stdout)[1])
-    assert np.array(found) == pytest.approx(places, abs=0.01)
+    assert np.array(found["peaks"]) == pytest.approx(places, abs=0.01)
+    assert found["fonts"] == ["loaded"]
 
 
 def test_the_page_tells_pixels_only_and_few(tmp_path):
