@@ -319,8 +319,12 @@ def epoch_means(sums, config, seconds):
 
 
 def top5_hits(scores, targets):
-    """How many targets are among the five best-scored words. Args: scores (N, V), targets (N,). Returns: 0-dim."""
-    return ((scores > scores.gather(1, targets[:, None])).sum(dim=1) < 5).sum()
+    """How many targets are among the five best-scored words; of equal scores, as many as a random choice would hit on
+    the average. NaN is no hit. Args: scores (N, V), targets (N,). Returns: float32, 0-dim.
+    """
+    own = scores.gather(1, targets[:, None])
+    places, equal = 5 - (scores > own).sum(dim=1), (scores == own).sum(dim=1)  # left to the equals; how many they are
+    return (torch.minimum(places.clamp(min=0), equal) / equal.clamp(min=1)).sum()
 
 
 def check_finite(unread, state, dataset):

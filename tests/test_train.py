@@ -1,0 +1,40 @@
+"""What training counts, saves and chooses by, in this process, on a few tiny drawn pictures."""
+import itertools
+
+import pytest
+import torch
+
+from train import top5_hits
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Top-5
+
+
+def test_top5_is_that_of_topk_where_no_scores_are_equal():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.stack([torch.randperm(40, generator=generator) for _ in range(200)]).float()
+    targets = torch.randint(40, (200,), generator=generator)
+    hits = (scores.topk(5, dim=1).indices == targets[:, None]).any(dim=1)
+    assert 0 < hits.sum() < 200 and top5_hits(scores, targets).item() == hits.sum().item()
+
+
+def test_equal_scores_count_as_a_random_choice_among_them():
+    """The mean over all orders in which six words can stand, where of equals the first ones are taken."""
+    scores = torch.tensor(list(itertools.product((0.0, 1.0, 2.0), repeat=6)))
+    orders = torch.tensor(list(itertools.permutations(range(6))))
+    ranked = scores[:, orders].argsort(dim=2, descending=True, stable=True)[:, :, :5]  # (729, 720, 5)
+    taken = orders.expand(len(scores), -1, -1).gather(2, ranked)
+    for target in range(6):
+        expected = (taken == target).any(dim=2).float().mean(dim=1)
+        found = [top5_hits(row[None], torch.tensor([target])).item() for row in scores]
+        assert found == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_that_say_nothing_hit_by_chance_and_those_that_are_no_numbers_never(dtype):
+    targets = torch.arange(8)
+    assert top5_hits(torch.ones(8, 40, dtype=dtype), targets).item() == pytest.approx(8 * 5 / 40)
+    assert top5_hits(torch.full((8, 40), float("nan"), dtype=dtype), targets).item() == 0
+    some = torch.arange(40.0, 0, -1).repeat(8, 1).to(dtype)
+    some[3, 3] = float("nan")
+    assert top5_hits(some, targets).item() == 4
