@@ -187,13 +187,15 @@ def encode_caption(tokens, word_map, max_len):
         word_map (dict): word -> id.
         max_len (int)
     Returns:
-        int32 array (max_len + 2,): <start>, the words, <end>, then <pad>.
+        int32 array (max_len + 2,): <start>, the words, <end> where none was left out, then <pad>.
         int: how many of these are real, <start> and <end> counted.
     """
-    ids = [word_map.get(word, word_map[UNK]) for word in tokens[:max_len]]
+    ids = [word_map[START], *(word_map.get(word, word_map[UNK]) for word in tokens[:max_len])]
+    if len(tokens) <= max_len:  # to stop in mid-sentence is not to be learnt
+        ids.append(word_map[END])
     row = np.zeros(max_len + 2, np.int32)
-    row[:len(ids) + 2] = [word_map[START], *ids, word_map[END]]
-    return row, len(ids) + 2
+    row[:len(ids)] = ids
+    return row, len(ids)
 
 
 def decode_caption(ids, words):

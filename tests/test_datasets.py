@@ -322,8 +322,10 @@ def test_words_to_ids_and_back():
     assert decode_caption(torch.from_numpy(ids), words) == ["一", "只", "<unk>"]
 
     ids, length = encode_caption(["狗"] * 9, word_map, 5)
-    assert ids.tolist() == [start, *[word_map["狗"]] * 5, end] and length == 7
+    assert ids.tolist() == [start, *[word_map["狗"]] * 5, 0] and length == 6, "cut in mid-sentence, it does not end"
     assert decode_caption(ids, words) == ["狗"] * 5
+    ids, length = encode_caption(["狗"] * 5, word_map, 5)
+    assert ids.tolist() == [start, *[word_map["狗"]] * 5, end] and length == 7
 
     ids, length = encode_caption([], word_map, 5)
     assert ids.tolist() == [start, end, 0, 0, 0, 0, 0] and length == 2
