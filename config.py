@@ -46,7 +46,7 @@ class Config:
     fine_tune_encoder: bool = False  # train the encoder too: layer2 to layer4, or all of it where it starts random
     encoder_lr: float = 1e-4  # Adam, when fine-tuning
     decoder_lr: float = 4e-4  # Adam
-    grad_clip: float = 5.0  # each component of the gradient is clipped to +-5
+    grad_clip: float = 5.0  # each component of the gradient is clipped to +-5; 0 clips none
     alpha_c: float = 1.0  # weight of the doubly stochastic term (eq. 14)
     lr_decay: float = 0.8  # both rates are multiplied by this ...
     lr_decay_epochs: int = 8  # ... after this many epochs in a row without a better score

@@ -258,7 +258,8 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer,
         is_read = number % config.print_freq == 0 or number == steps
         if is_read:
             norm = torch.nn.utils.get_total_norm(p.grad for p in parameters(optimizers) if p.grad is not None)
-        torch.nn.utils.clip_grad_value_(parameters(optimizers), config.grad_clip)
+        if config.grad_clip:
+            torch.nn.utils.clip_grad_value_(parameters(optimizers), config.grad_clip)
         for optimizer in optimizers.values():
             optimizer.step()
 

@@ -4,7 +4,35 @@ import itertools
 import pytest
 import torch
 
+import train
+from config import get_config, parse_args
+from datasets import CaptionDataset, load_word_map, make_loader
+from models import build_models
 from train import top5_hits
+
+CPU = torch.device("cpu")
+
+
+def epoch_of(tiny_flags, *flags):
+    """What one epoch takes. Returns: the arguments of train_one_epoch; what it changes are the models and state."""
+    config = get_config(flags=parse_args("", argv=[*tiny_flags, *flags]).flags)
+    word_map = load_word_map(config.data_dir)
+    torch.manual_seed(0)
+    encoder, decoder = build_models(config, len(word_map))
+    loader = make_loader(CaptionDataset(config, "train", word_map), config, True)
+    state = dict(epoch=0, batch=0, step=0, seconds=0.0, reading={},
+                 **{name: torch.zeros(6, dtype=torch.float64) for name in ("totals", "recent")})
+    return encoder, decoder, train.make_optimizers(config, encoder, decoder), loader, config, state, None, lambda: None
+
+
+def test_a_grad_clip_of_0_clips_nothing(tiny_flags):
+    weights = {}
+    for clip in ("0", "1e30", "1e-5"):
+        arguments = epoch_of(tiny_flags, "--grad_clip", clip)
+        train.train_one_epoch(*arguments)
+        weights[clip] = torch.cat([p.detach().flatten() for p in arguments[1].parameters()])
+    assert torch.equal(weights["0"], weights["1e30"]) and not torch.equal(weights["0"], weights["1e-5"])
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Top-5
