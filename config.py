@@ -59,7 +59,7 @@ class Config:
     checkpoint_minutes: float = 15.0  # how often an epoch is saved on its way; a run that is killed loses no more
     seed: int = 0  # weights, shuffling, dropout
     precision: str = "auto"  # of training: float32; bfloat16 (autocast) where the hardware has it; auto: that on a GPU
-    device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, ...
+    device: str = "auto"  # auto (cuda where there is one, otherwise cpu), cpu, cuda, cuda:1, mps (Apple's), ...
     workers: int = 4  # processes that read batches; 0 reads in the training process itself
     cache_features: bool = False  # run a frozen encoder once and keep its grids in data_dir: 262 KB a picture, fp16
 

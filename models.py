@@ -394,7 +394,7 @@ class DecoderWithAttention(nn.Module):
         """
         T, lengths = captions.shape[2] - 1, (caption_lengths - 1).clamp(min=0)
         token = (torch.arange(T) < lengths.unsqueeze(2)).flatten().nonzero().squeeze(1)  # (M,), which of the (B, K, T)
-        token = token.to(grid.device, non_blocking=True)
+        token = to_device(token, grid.device)
         pixels = self.look(grid)
         if is_fused(pixels):
             states, alphas = self.fused_time_loop(pixels, captions[:, :, :-1], lengths, token)
@@ -419,7 +419,7 @@ class DecoderWithAttention(nn.Module):
         sizes, (step, caption) = real.sum(dim=1).tolist(), real.nonzero(as_tuple=True)
         token = order[caption] * T + step  # in the loop's order
         back = token.argsort()  # to the captions' order
-        picture, place, token, back = (x.to(device, non_blocking=True) for x in (picture, place, token, back))
+        picture, place, token, back = (to_device(x, device) for x in (picture, place, token, back))
 
         h, c = (state[picture] for state in self.init_hidden_state(pixels))
         word_input = self.word_input(words.flatten()[token])  # (M, 4H), in autocast's type where that is on
@@ -447,8 +447,13 @@ class DecoderWithAttention(nn.Module):
         full_att = self.attention.full_att
         states, alphas = kernels.TimeLoop.apply(
             *pixels, full_att.weight[0], full_att.bias, h, c, word_input, *self.step_weights(),
-            lengths.flatten().to(words.device, non_blocking=True), torch.is_grad_enabled())
+            to_device(lengths.flatten(), words.device), torch.is_grad_enabled())
         return states.transpose(0, 1).flatten(0, 1)[token], alphas.transpose(0, 1).unflatten(0, (B, K))
+
+
+def to_device(tensor, device):
+    """A tensor on a device. CUDA copies it while Python goes on; Apple's mps would read what may be freed by then."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def is_fused(pixels):

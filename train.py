@@ -43,7 +43,7 @@ from datasets import (CaptionDataset, features_key, load_word_map, make_loader, 
                       write_text)
 from demo import draw_attention
 from eval import generate, score, tokenize_references
-from models import build_models, caption_loss, pixel_positions
+from models import build_models, caption_loss, pixel_positions, to_device
 from utils import (BEST_CHECKPOINT, CHECKPOINT, CHECKPOINT_VERSION, from_first_process, gather_lists, get_device,
                    git_revision, init_distributed, keep_freed_memory, largest_of_processes, load_checkpoint,
                    load_models, load_optimizer, save_checkpoint, sum_over_processes)
@@ -94,9 +94,8 @@ def main():
         if checkpoint["world_size"] != world_size and rank == 0:
             print(f"{world_size} processes instead of {checkpoint['world_size']}: the same batches and sums; dropout "
                   f"draws other numbers")
-    # The sums live on the device; what one process has saved counts once.
-    state["totals"], state["recent"] = (torch.tensor(state[name], dtype=torch.float64, device=device)
-                                        for name in ("totals", "recent"))
+    # The recent sums live on the device, so that no step waits for it; what one process has saved counts once.
+    state["recent"] = torch.tensor(state["recent"], dtype=sums_dtype(device), device=device)
     if rank > 0:
         state["recent"].zero_()
     encoder, decoder = encoder.to(device), decoder.to(device)
@@ -132,7 +131,7 @@ def main():
         saved = dict(version=CHECKPOINT_VERSION, config=vars(config).copy(), word_map=word_map,
                      encoder=encoder.state_dict(), decoder=decoder.state_dict(),
                      optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-                     **{**state, "totals": state["totals"].tolist(), "recent": recent.tolist()},
+                     **{**state, "recent": recent.tolist()},
                      world_size=world_size, command=shlex.join(["python", *sys.argv]), git_revision=git_revision())
         if best:
             save_checkpoint(saved, path.with_name(BEST_CHECKPOINT))
@@ -147,9 +146,8 @@ def main():
             score([caption["words"] for caption in captions], references) if rank == 0 else None))
 
         better = validation["CIDEr"] > state["best_score"]
-        for name in ("totals", "recent"):
-            state[name].zero_()
-        state.update(epoch=state["epoch"] + 1, batch=0, seconds=0.0,
+        state["recent"].zero_()
+        state.update(epoch=state["epoch"] + 1, batch=0, totals=[0.0] * 6, seconds=0.0,
                      best_score=max(validation["CIDEr"], state["best_score"]),
                      epochs_since_improvement=0 if better else state["epochs_since_improvement"] + 1)
         state["entry"] = dict(epoch=state["epoch"], step=state["step"], train=training, valid=validation,
@@ -242,8 +240,7 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer,
     for images, captions, lengths, rows in bar:
         # Seeded by the step, so that dropout goes on as it would have, wherever a run was cut.
         torch.manual_seed((config.seed * 1_000_003 + state["step"]) * 1_009 + rank)
-        images, captions = images.to(device, non_blocking=True), captions.to(device, non_blocking=True)
-        counts = counts_of(lengths).to(device, non_blocking=True)
+        images, captions, counts = (to_device(x, device) for x in (images, captions, counts_of(lengths)))
         with mixed_precision(config, device):
             scores, targets, alphas = decoder(encoder(images), captions, lengths)
             cross_entropy, coverage = caption_loss(scores, targets, alphas, lengths)
@@ -271,8 +268,9 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer,
         clock = now
         if is_read:
             check_finite(unread, state, loader.dataset)
-            means = epoch_means(sum_over_processes(state["recent"]), config, state["seconds"] - before)
-            state["totals"] += state["recent"]
+            sums = sum_over_processes(state["recent"]).tolist()
+            means = epoch_means(sums, config, state["seconds"] - before)
+            state["totals"] = [total + part for total, part in zip(state["totals"], sums)]
             state["recent"].zero_()
             unread, before = [], state["seconds"]
             bar.set_postfix({name: f"{means[name]:.3g}" for name in ("loss", "top5", "images_per_s")})
@@ -301,8 +299,14 @@ def precision(config, device):
     if device.type == "cuda":
         is_native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        is_native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        is_native = device.type == "cpu" and any(torch.cpu.get_capabilities().get(name)
+                                                 for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bfloat16" if is_native else "float32"
+
+
+def sums_dtype(device):
+    """The type that sums on a device are kept in: float64, which Apple's mps lacks."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def counts_of(lengths):
@@ -313,7 +317,7 @@ def counts_of(lengths):
 
 def epoch_means(sums, config, seconds):
     """Sums of cross entropy, coverage, hits, tokens, captions, images -> dict of means; see train_one_epoch."""
-    cross_entropy, coverage, hits, tokens, captions, images = sums.tolist()
+    cross_entropy, coverage, hits, tokens, captions, images = sums
     cross_entropy, coverage = cross_entropy / max(tokens, 1), coverage / max(captions, 1)
     return dict(loss=cross_entropy + config.alpha_c * coverage, cross_entropy=cross_entropy, coverage=coverage,
                 top5=hits / max(tokens, 1), images_per_s=images / seconds)
@@ -352,20 +356,22 @@ def validate(encoder, decoder, loader, config, word_map, pause):
     encoder.eval()
     decoder.eval()
     device = next(decoder.parameters()).device
-    totals, generated, started = torch.zeros(6, dtype=torch.float64, device=device), [], time.perf_counter()
+    totals, generated, started = [0.0] * 6, [], time.perf_counter()
     for images, captions, lengths, rows in tqdm(loader, desc="validate", unit="batch", leave=False,
                                                 disable=dist.is_initialized() and dist.get_rank() > 0):
         grid = encoder(images.to(device))
         scores, targets, alphas = decoder(grid, captions.to(device), lengths)
-        totals += torch.stack([*caption_loss(scores, targets, alphas, lengths), top5_hits(scores, targets),
-                               *counts_of(lengths).to(device)])
+        sums = torch.stack([*caption_loss(scores, targets, alphas, lengths), top5_hits(scores, targets),
+                            *counts_of(lengths).to(device)]).tolist()
+        totals = [total + part for total, part in zip(totals, sums)]
         for caption in generate(decoder, grid, rows, config, word_map, beam_size=1):
             if caption["row"] >= PICTURES_SHOWN:
                 del caption["alphas"]
             generated.append(caption)
         if not dist.is_initialized():  # processes have different numbers of batches
             pause()
-    means = epoch_means(sum_over_processes(totals), config, time.perf_counter() - started)
+    totals = [sum(parts) for parts in zip(*gather_lists([totals]))]
+    means = epoch_means(totals, config, time.perf_counter() - started)
     return means, sorted(gather_lists(generated), key=lambda caption: caption["row"])
 
 

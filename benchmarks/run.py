@@ -458,8 +458,8 @@ def epoch(device, pictures, batch_size, workers):
                 encoder = frozen(encoder, config, device)
             loader = make_loader(dataset, config, True)
             for first in (max(len(loader) - 20, 0), 0):  # the last batches alone to begin with, for what is set up then
-                sums = {name: torch.zeros(6, dtype=torch.float64, device=device) for name in ("totals", "recent")}
-                state = dict(epoch=0, batch=first, step=0, seconds=0.0, reading={}, **sums)
+                state = dict(epoch=0, batch=first, step=0, seconds=0.0, reading={}, totals=[0.0] * 6,
+                             recent=torch.zeros(6, dtype=torch.float64, device=device))
                 memory(device, reset=True)
                 with Usage() as usage:
                     start = time.perf_counter()

@@ -1,16 +1,30 @@
 """What training counts, saves and chooses by, in this process, on a few tiny drawn pictures."""
 import itertools
+import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from config import get_config, parse_args
+from config import Config, get_config, parse_args
 from datasets import CaptionDataset, load_word_map, make_loader
 from models import build_models
 from train import top5_hits
 
-CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run(tiny_flags, tmp_path, monkeypatch):
+    """A function that runs train.py in this process with these flags more, into tmp_path."""
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *tiny_flags, "--model_dir", str(tmp_path / "models"),
+                                          "--log_dir", str(tmp_path / "logs"), *map(str, flags)])
+        train.main()
+    monkeypatch.setattr(train, "draw_attention", lambda *_: Figure())  # most of the time
+    return call
 
 
 def epoch_of(tiny_flags, *flags):
@@ -20,8 +34,8 @@ def epoch_of(tiny_flags, *flags):
     torch.manual_seed(0)
     encoder, decoder = build_models(config, len(word_map))
     loader = make_loader(CaptionDataset(config, "train", word_map), config, True)
-    state = dict(epoch=0, batch=0, step=0, seconds=0.0, reading={},
-                 **{name: torch.zeros(6, dtype=torch.float64) for name in ("totals", "recent")})
+    state = dict(epoch=0, batch=0, step=0, seconds=0.0, reading={}, totals=[0.0] * 6,
+                 recent=torch.zeros(6, dtype=torch.float64))
     return encoder, decoder, train.make_optimizers(config, encoder, decoder), loader, config, state, None, lambda: None
 
 
@@ -66,3 +80,36 @@ def test_scores_that_say_nothing_hit_by_chance_and_those_that_are_no_numbers_nev
     some = torch.arange(40.0, 0, -1).repeat(8, 1).to(dtype)
     some[3, 3] = float("nan")
     assert top5_hits(some, targets).item() == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices: Apple's mps has no float64, and copies to it that do not wait read memory that may be another's by then
+
+
+class WithoutFloat64(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        assert not isinstance(result, torch.Tensor) or result.dtype != torch.float64, f"{function} gives float64"
+        return result
+
+
+class WithoutHaste(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert not (kwargs or {}).get("non_blocking"), f"{function} does not wait"
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_device_without_float64_can_train(run, monkeypatch):
+    assert train.sums_dtype(torch.device("mps")) == torch.float32
+    assert train.sums_dtype(torch.device("cuda")) == train.sums_dtype(torch.device("cpu")) == torch.float64
+    monkeypatch.setattr(train, "sums_dtype", lambda device: torch.float32)
+    with WithoutFloat64(), WithoutHaste():
+        run("--epochs", 1, "--print_freq", 2)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "float32", "bfloat16"])
+def test_another_device_than_a_cpu_or_cuda_multiplies_in_float32(wanted, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert train.precision(Config(precision=wanted), torch.device("mps")) == "float32"
+    expected = "bfloat16" if wanted == "bfloat16" else "float32"
+    assert train.precision(Config(precision=wanted), torch.device("cpu")) == expected
