@@ -177,6 +177,8 @@ def load_resnet(name, weights):
         state = torch.load(weights, map_location="cpu", weights_only=True)
         state = {"fc.weight": resnet.fc.weight, "fc.bias": resnet.fc.bias, **state}
         resnet.load_state_dict(state)
+        if not all(tensor.isfinite().all() for tensor in resnet.state_dict().values()):
+            raise ValueError("some of its numbers are not finite")
     except Exception as error:  # torch.load raises whatever a broken file leads it to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--encoder_weights {weights} is not a state dict of torchvision's {name} ({reason})") from None

@@ -125,7 +125,7 @@ def main():
 
     def save(best=False):
         recent = sum_over_processes(state["recent"].clone())
-        if rank > 0 or not recent.isfinite().all():  # the next reading will stop a run with such a loss
+        if rank > 0 or not are_finite([recent, *changing(encoder, optimizers)]):  # the next reading will stop the run
             return
         writer.flush()  # the log may be ahead of the checkpoint, but not behind
         saved = dict(version=CHECKPOINT_VERSION, config=vars(config).copy(), word_map=word_map,
@@ -144,6 +144,11 @@ def main():
         pause()
         validation.update(from_first_process(
             score([caption["words"] for caption in captions], references) if rank == 0 else None))
+        for name, value in validation.items():
+            if not math.isfinite(value):
+                raise UserError(f"the validation's {name} became {value} in epoch {state['epoch'] + 1}, which is not "
+                                f"saved; the last checkpoint is kept: --resume with lower rates, and should that end "
+                                f"here too, put {path.with_name(BEST_CHECKPOINT)} in its place")
 
         better = validation["CIDEr"] > state["best_score"]
         state["recent"].zero_()
@@ -226,7 +231,7 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer,
         dict: cross_entropy (nats a token), coverage (mean of (1 - sum of alpha)^2), loss, top5 (share of tokens),
         images_per_s (over all processes).
     Raises:
-        UserError: the loss is no longer finite; names epoch, step and pictures.
+        UserError: the loss or the weights are no longer finite; names epoch, step and pictures.
     """
     encoder.train()
     decoder.train()
@@ -267,14 +272,16 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, state, writer,
         state.update(batch=number, step=state["step"] + 1, seconds=state["seconds"] + now - clock)
         clock = now
         if is_read:
-            check_finite(unread, state, loader.dataset)
+            check_finite(unread, changing(encoder, optimizers), state, loader.dataset)
             sums = sum_over_processes(state["recent"]).tolist()
             means = epoch_means(sums, config, state["seconds"] - before)
             state["totals"] = [total + part for total, part in zip(state["totals"], sums)]
             state["recent"].zero_()
             unread, before = [], state["seconds"]
             bar.set_postfix({name: f"{means[name]:.3g}" for name in ("loss", "top5", "images_per_s")})
-            state["reading"] = {**means, "gradient_norm": norm.item(), **rates(optimizers)}
+            state["reading"] = {**means, **rates(optimizers)}
+            if norm.isfinite():  # its square may be too large for a number though nothing else is
+                state["reading"]["gradient_norm"] = norm.item()
             if writer and number < steps:  # what belongs to an epoch's last step is logged with the epoch
                 log_scalars(writer, "train", state["reading"], state["step"])
         pause()
@@ -332,14 +339,32 @@ def top5_hits(scores, targets):
     return (torch.minimum(places.clamp(min=0), equal) / equal.clamp(min=1)).sum()
 
 
-def check_finite(unread, state, dataset):
-    """Raise UserError for the first step whose loss is not finite. Args: unread: (step, rows, loss) of each step."""
-    for number, rows, loss in unread:
-        if not loss.isfinite():
-            names = ", ".join(dataset.image_ids[row] for row in rows.tolist())
-            raise UserError(f"the loss became {loss.item()} at epoch {state['epoch'] + 1}, step {number}, with the "
-                            f"pictures {names}; the last checkpoint is kept: --resume with lower rates, or look at "
-                            f"these pictures")
+def check_finite(unread, weights, state, dataset):
+    """Raise UserError for the first step whose loss is not finite, or for the last one where the weights are not.
+
+    Args:
+        unread: (step, rows, loss) of each step. weights: of changing. state (dict). dataset (CaptionDataset).
+    """
+    faults = [(number, rows, f"the loss became {loss.item()}") for number, rows, loss in unread if not loss.isfinite()]
+    if not faults and not are_finite(weights):
+        faults = [(*unread[-1][:2], "the weights became NaN or infinite")]
+    for number, rows, what in faults:
+        names = ", ".join(dataset.image_ids[row] for row in rows.tolist())
+        raise UserError(f"{what} at epoch {state['epoch'] + 1}, step {number}, with the pictures {names}; the last "
+                        f"checkpoint is kept: --resume with lower rates, or look at these pictures")
+
+
+def changing(encoder, optimizers):
+    """All tensors that training changes: weights, Adam's moments, the statistics of batch norms. Returns: list."""
+    moments = [tensor for optimizer in optimizers.values() for moments in optimizer.state.values()
+               for tensor in moments.values()]
+    return [*parameters(optimizers), *moments, *encoder.buffers()]
+
+
+def are_finite(tensors):
+    """Whether no number in any of these tensors is NaN or infinite. The device is waited for once."""
+    tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
+    return bool(torch.nn.utils.get_total_norm(tensors, math.inf).isfinite())
 
 
 @torch.no_grad()

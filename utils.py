@@ -63,12 +63,23 @@ def load_checkpoint(path, word_map_path=None):
     Returns:
         dict: encoder, decoder (state dicts), config (dict), word_map (dict), epoch (int), ...: see train.py.
     Raises:
-        UserError: missing, damaged, of another kind or version, or its word map and weights disagree.
+        UserError: missing, damaged, of another kind or version, or its word map and weights disagree; names the way
+            back where there is one.
     """
     path = Path(path)
+    try:
+        checkpoint = read_checkpoint(path, word_map_path)
+    except UserError as error:
+        raise UserError(f"{error}{way_back(path)}") from None
+    if word_map_path and read_word_map(word_map_path) != checkpoint["word_map"]:
+        raise UserError(f"{path} carries its own word map, and {word_map_path} is another: leave --word_map out")
+    return checkpoint
+
+
+def read_checkpoint(path, word_map_path):
+    """What load_checkpoint gives, but of a checkpoint of ours its word map may be another than that file."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist: train a model with train.py, or name one with --checkpoint"
-                        f"{way_back(path)}")
+        raise UserError(f"{path} does not exist: train a model with train.py, or name one with --checkpoint")
     try:
         with zipfile.ZipFile(path) as file:  # torch.load compares no checksums: a flipped bit is another weight to it
             check_members(file, path)
@@ -91,8 +102,6 @@ def load_checkpoint(path, word_map_path=None):
     if rows != len(checkpoint["word_map"]):
         raise UserError(f"{path} contradicts itself: {len(checkpoint['word_map'])} words in its word map, {rows} in "
                         f"its decoder")
-    if word_map_path and read_word_map(word_map_path) != checkpoint["word_map"]:
-        raise UserError(f"{path} carries its own word map, and {word_map_path} is another: leave --word_map out")
     return checkpoint
 
 
@@ -303,8 +312,7 @@ def load_original(path, word_map_path, reason):
         rows, epoch = len(decoder["embedding.weight"]), int(parts["epoch"])
     except Exception as error:  # a broken pickle raises whatever it stumbles over
         raise UserError(f"{path} is not a checkpoint of this repo ({reason[:200]}) or of the original "
-                        f"({type(error).__name__}: {' '.join(str(error).split())[:300]}), or is damaged"
-                        f"{way_back(path)}") from None
+                        f"({type(error).__name__}: {' '.join(str(error).split())[:300]}), or is damaged") from None
     if not word_map_path:
         raise UserError(f"{path} is a checkpoint of the original, which carries no word map: eval.py and demo.py read "
                         f"it with --word_map FILE, the WORDMAP.json that it was trained with")

@@ -349,7 +349,10 @@ def test_encoder_weights_of_a_file(tmp_path):
     encoder = Encoder("resnet18", str(tmp_path / "weights.pth"))
     assert torch.equal(encoder.resnet[0].weight, resnet.conv1.weight)
     (tmp_path / "broken.pth").write_bytes(b"not weights")
-    for name, path in (("resnet34", "weights.pth"), ("resnet18", "broken.pth"), ("resnet18", "missing.pth")):
+    resnet.bn1.running_var[0] = torch.inf  # with which an encoder still gives finite grids
+    torch.save(resnet.state_dict(), tmp_path / "infinite.pth")
+    for name, path in (("resnet34", "weights.pth"), ("resnet18", "broken.pth"), ("resnet18", "missing.pth"),
+                       ("resnet18", "infinite.pth")):
         with pytest.raises(UserError, match=path):
             Encoder(name, str(tmp_path / path))
 

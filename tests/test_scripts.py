@@ -343,8 +343,11 @@ def test_a_flipped_bit_is_not_taken_for_a_weight(position, tmp_path):
 
 
 @pytest.mark.parametrize("spoil", [lambda path: damage(path, 80_000), lambda path: path.write_bytes(b""),
-                                   lambda path: path.write_bytes(path.read_bytes()[:-100]), lambda path: path.unlink()],
-                         ids=["flipped", "empty", "cut", "missing"])
+                                   lambda path: path.write_bytes(path.read_bytes()[:-100]), lambda path: path.unlink(),
+                                   lambda path: torch.save({**weights(2), "encoder": {"w": torch.tensor(torch.nan)}},
+                                                           path),
+                                   lambda path: torch.save({**weights(2), "config": {"colour": "red"}}, path)],
+                         ids=["flipped", "empty", "cut", "missing", "not finite", "of other settings"])
 def test_a_damaged_checkpoint_names_the_way_back(spoil, tmp_path):
     folder = tmp_path / "my models"
     path = folder / "checkpoint.pth.tar"

@@ -1,18 +1,24 @@
 """What training counts, saves and chooses by, in this process, on a few tiny drawn pictures."""
 import itertools
+import json
+import math
 import sys
 
 import pytest
 import torch
+from conftest import files_under
 from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from config import Config, get_config, parse_args
+import utils
+from config import Config, UserError, get_config, parse_args
 from datasets import CaptionDataset, load_word_map, make_loader
 from models import build_models
 from train import top5_hits
+from utils import load_checkpoint
 
 
 
@@ -46,6 +52,88 @@ def test_a_grad_clip_of_0_clips_nothing(tiny_flags):
         train.train_one_epoch(*arguments)
         weights[clip] = torch.cat([p.detach().flatten() for p in arguments[1].parameters()])
     assert torch.equal(weights["0"], weights["1e30"]) and not torch.equal(weights["0"], weights["1e-5"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is not finite is neither saved nor logged
+
+
+def spoil_gradient(monkeypatch, step, name, value):
+    """Let the first number of a weight's gradient be `value` at a step of a run, the first one being 1."""
+    passes = []
+
+    def hook(gradient):
+        passes.append(None)
+        if len(passes) == step:
+            gradient = gradient.clone()
+            gradient.view(-1)[0] = value
+        return gradient
+
+    def build(*args, **keywords):
+        encoder, decoder = build_models(*args, **keywords)
+        decoder.get_parameter(name).register_hook(hook)
+        return encoder, decoder
+    for module in (train, utils):
+        monkeypatch.setattr(module, "build_models", build)
+
+
+def read_log(folder):
+    """The lines of log.jsonl, which must be JSON proper; all scalars of TensorBoard's, tag -> values."""
+    run, = (folder / "logs").iterdir()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (run / "log.jsonl").open()]
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return lines, {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+# The embedding of <pad> is never used, so that nothing but itself is spoilt.
+@pytest.mark.parametrize("name", ["fc.bias", "embedding.weight"])
+def test_a_gradient_that_is_nan_at_an_epochs_last_step_touches_no_file(name, run, tmp_path, monkeypatch):
+    run("--epochs", 1)
+    before = files_under(tmp_path / "models")
+    spoil_gradient(monkeypatch, 3, name, math.nan)
+    with pytest.raises(UserError, match=r"epoch 2, step 3,.*\.jpg.*--resume"):
+        run("--resume", "--epochs", 2)
+    assert files_under(tmp_path / "models") == before
+    assert len(read_log(tmp_path)[0]) == 1
+
+
+def test_weights_that_are_nan_are_not_saved_between_two_readings(run, tmp_path, monkeypatch):
+    spoil_gradient(monkeypatch, 2, "embedding.weight", math.nan)
+    with pytest.raises(UserError, match="epoch 1, step 3"):
+        run("--checkpoint_minutes", 0)
+    assert load_checkpoint(tmp_path / "models" / "checkpoint.pth.tar")["step"] == 1
+
+
+def test_moments_and_batch_norms_count_as_the_weights_do(tiny_flags):
+    encoder, decoder, *others = epoch_of(tiny_flags, "--fine_tune_encoder", "true")
+    encoder.resnet[1].running_var[0] = math.inf
+    with pytest.raises(UserError, match="epoch 1, step 3"):
+        train.train_one_epoch(encoder, decoder, *others)
+    encoder, decoder, *others = epoch_of(tiny_flags, "--grad_clip", "0")
+    decoder.embedding.weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(0), 1e30))
+    with pytest.raises(UserError, match="epoch 1, step 3"):  # its square is infinite, and with it the step is 0
+        train.train_one_epoch(encoder, decoder, *others)
+    assert all(weights.isfinite().all() for weights in decoder.parameters())
+
+
+def test_a_gradient_norm_beyond_all_numbers_is_left_out(run, tmp_path, monkeypatch):
+    spoil_gradient(monkeypatch, 2, "embedding.weight", 1e30)
+    run("--epochs", 2, "--print_freq", 1)
+    _, scalars = read_log(tmp_path)
+    assert all(map(math.isfinite, itertools.chain(*scalars.values())))
+    assert len(scalars["train/loss"]) == 6 and len(scalars["train/gradient_norm"]) == 5
+
+
+def test_a_validation_that_is_not_finite_stops_the_run(run, tmp_path, monkeypatch):
+    def build(*args, **keywords):
+        encoder, decoder = build_models(*args, **keywords)
+        encoder.resnet[1].running_var.fill_(-1000)  # finite, but its root is not; training goes without it
+        return encoder, decoder
+    monkeypatch.setattr(train, "build_models", build)
+    with pytest.raises(UserError, match="valid.*epoch 1"):
+        run("--fine_tune_encoder", "true")
+    assert not (tmp_path / "models").exists() and not list(tmp_path.rglob("log.jsonl"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
