@@ -79,7 +79,10 @@ def load_checkpoint(path, word_map_path=None):
 def read_checkpoint(path, word_map_path):
     """What load_checkpoint gives, but of a checkpoint of ours its word map may be another than that file."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist: train a model with train.py, or name one with --checkpoint")
+        other = min(path.parent.glob("*.pth.tar"), default=Path("FILE"))
+        words = " --word_map WORDMAP.json" if other.name.endswith("_.pth.tar") else ""  # as the original names its own
+        raise UserError(f"{path} does not exist: train a model with train.py, or name one to eval.py or demo.py: "
+                        f"--checkpoint {shlex.quote(str(other))}{words}")
     try:
         with zipfile.ZipFile(path) as file:  # torch.load compares no checksums: a flipped bit is another weight to it
             check_members(file, path)

@@ -3,6 +3,7 @@ import builtins
 import json
 import os
 import pickle
+import shlex
 import shutil
 import zipfile
 from collections import OrderedDict
@@ -183,6 +184,22 @@ def test_the_word_map_is_asked_for_and_must_fit(folder, tmp_path):
             opened(path, "--word_map", str(other))
     with pytest.raises(UserError, match="nowhere.json cannot be read"):
         opened(path, "--word_map", str(tmp_path / "nowhere.json"))
+
+
+def test_a_missing_checkpoint_names_the_one_beside_it(folder, tmp_path):
+    """As with the original's recipe, where BEST_checkpoint_.pth.tar is put into models/ and demo.py called bare."""
+    models = tmp_path / "the models"
+    with pytest.raises(UserError, match="does not exist") as caught:
+        load_checkpoint(models / "BEST_checkpoint.pth.tar")
+    assert "pth.tar" not in str(caught.value).split("does not exist")[1]
+    models.mkdir()
+    for source, name, more in (("own", "checkpoint.pth.tar", []),
+                               ("zip", "BEST_checkpoint_.pth.tar", ["--word_map", "WORDMAP.json"])):
+        shutil.copy(folder / f"{source}.pth.tar", models / name)
+        with pytest.raises(UserError, match="does not exist") as caught:
+            load_checkpoint(models / "BEST_checkpoint.pth.tar")
+        flags = shlex.split(str(caught.value)[str(caught.value).index("--checkpoint"):])
+        assert flags == ["--checkpoint", str(models / name), *more] and "\n" not in str(caught.value)
 
 
 def test_our_own_checkpoint_takes_no_other_word_map(folder, tmp_path):
