@@ -2,7 +2,7 @@
 
     python benchmarks/run.py train                        # one group: preprocess, train, eval or scaling
     python benchmarks/run.py all --json results.json      # `make bench`; about twenty minutes on two cores
-    python benchmarks/run.py epoch                        # a whole epoch of AI Challenger's size, on a GPU
+    python benchmarks/run.py epoch                        # AI Challenger's epoch, on a GPU: training and validation
     python benchmarks/run.py scaling --plot scaling.png   # time and memory against batch, caption length, vocabulary
 
 Each case runs the two sides in processes of their own, in turns, so that what else the machine does befalls both. A
@@ -45,10 +45,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scr
 import pre_process  # noqa: E402
 from benchmarks import reference  # noqa: E402
 from config import Config, UserError, run  # noqa: E402
-from datasets import END, PAD, START, UNK, CaptionDataset, make_loader  # noqa: E402
+from datasets import END, PAD, START, UNK, CaptionDataset, decode_caption, make_loader, word_list  # noqa: E402
 from models import DecoderWithAttention, Encoder, beam_search, caption_loss, kernels  # noqa: E402
+from scores import score  # noqa: E402
 from train import (KeptFeatures, Replayed, frozen, make_optimizers, mixed_precision, parameters,  # noqa: E402
-                   train_one_epoch)
+                   train_one_epoch, validate)
 from utils import get_device, keep_freed_memory  # noqa: E402
 
 CONFIG = Config(encoder_weights="none", dropout=0.0)  # dropout draws other numbers on each side
@@ -420,40 +421,46 @@ def check(name, expected, found):
 
 
 class RandomDataset(CaptionDataset):
-    """Random pictures and captions in AI Challenger's sizes; pictures repeat, but lie in a file of full length."""
+    """Random pictures and captions in AI Challenger's sizes; pictures repeat, but lie in a file of full length.
 
-    def __init__(self, path, pictures):
-        self.path, self.offset, self.shape = path, 0, (pictures, 256, 256, 3)
+    Args:
+        path (Path): of the file. pictures (int). first (int): how many of another set lie before them.
+    """
+
+    def __init__(self, path, pictures, first=0):
+        self.path, self.shape = path, (pictures, 256, 256, 3)
+        self.offset = first * math.prod(self.shape[1:])
         self.image_ids = range(pictures)
         _, captions, lengths = make_batch(pictures, TOKENS, V, "cpu", images=False)
         self.captions, self.caption_lengths = captions, lengths
 
 
 def epoch(device, pictures, batch_size, workers):
-    """Time train_one_epoch: with the frozen encoder, with kept features, and with the encoder trained too.
+    """Time train_one_epoch and time_validation: with the frozen encoder, with kept features, and with the encoder
+    trained too, on an eighth of the pictures. To seven of training there is one of validation.
 
-    The pictures lie in a file in TMPDIR meanwhile, 41 GB of them.
+    The pictures lie in a file in TMPDIR meanwhile, 47 GB of them.
     """
-    print(f"{pictures} pictures, batches of {batch_size}, {workers} workers\n")
-    print("| epoch | s | images/s | device busy | GiB |\n|---|---|---|---|---|", flush=True)
+    valid_pictures = math.ceil(pictures / 7)
+    print(f"{pictures} training and {valid_pictures} validation pictures, batches of {batch_size}, {workers} workers\n")
+    print("| epoch | training, s | images/s | device busy | GiB | validation, s | of which scores, s |\n"
+          "|---|---|---|---|---|---|---|", flush=True)
     with tempfile.NamedTemporaryFile(suffix=".h5") as file:
-        some = np.random.default_rng(0).integers(0, 256, (min(pictures, 4096), 256, 256, 3), np.uint8).tobytes()
-        for start in range(0, pictures, 4096):
-            file.write(some[:(pictures - start) * 256 * 256 * 3])
+        path, total = Path(file.name), pictures + valid_pictures
+        some = np.random.default_rng(0).integers(0, 256, (min(total, 4096), 256, 256, 3), np.uint8).tobytes()
+        for start in range(0, total, 4096):
+            file.write(some[:(total - start) * 256 * 256 * 3])
         file.flush()
         for kind in ("frozen", "kept", "fine-tuned"):
             config = Config(encoder_weights="none", precision="auto", batch_size=batch_size, workers=workers,
                             fine_tune_encoder=kind == "fine-tuned")
-            dataset = RandomDataset(Path(file.name), pictures if kind != "fine-tuned" else pictures // 8)
+            n = pictures if kind != "fine-tuned" else pictures // 8
+            dataset, valid_set = RandomDataset(path, n), RandomDataset(path, math.ceil(n / 7), first=pictures)
             encoder, decoder = (model.to(device) for model in (make_encoder("product"), make_decoder(V, "product")))
             encoder.fine_tune("top" if kind == "fine-tuned" else "none")
             optimizers = make_optimizers(config, encoder, decoder)
             if kind == "kept":
-                features = make_features(1024, device)
-                held = torch.empty(pictures, *features.shape[1:], dtype=torch.float16, device=device)
-                for part in held.split(1024):
-                    part.copy_(features[:len(part)])
-                encoder, dataset.begins_with = KeptFeatures(held), "rows"
+                encoder = hold_features(dataset, device)
             elif kind == "frozen":
                 encoder = frozen(encoder, config, device)
             loader = make_loader(dataset, config, True)
@@ -465,10 +472,45 @@ def epoch(device, pictures, batch_size, workers):
                     start = time.perf_counter()
                     train_one_epoch(encoder, decoder, optimizers, loader, config, state, None, lambda: None)
                     seconds = time.perf_counter() - start
-            n = len(dataset)
-            print(f"| {kind} | {seconds:.1f} | {n / seconds:.0f} | {usage.mean:.0f}% | {memory(device) / 2**30:.1f} |",
-                  flush=True)
-            held = encoder = decoder = optimizers = loader = None
+            print(f"| {kind} | {seconds:.1f} | {n / seconds:.0f} | {usage.mean:.0f}% | {memory(device) / 2**30:.1f} | ",
+                  end="", flush=True)
+            # Initial weights are validated: what a model has learnt to say of noise may be of any length.
+            encoder = hold_features(valid_set, device) if kind == "kept" else make_encoder("product").to(device)
+            validation, scores = time_validation(encoder.folded() if kind == "frozen" else encoder, valid_set, config,
+                                                 device)
+            print(f"{validation:.1f} | {scores:.1f} |", flush=True)
+            encoder = decoder = optimizers = loader = None
+
+
+def hold_features(dataset, device):
+    """Let a data set's batches begin with rows. Returns: KeptFeatures, which holds random ones on the device."""
+    features = make_features(min(len(dataset), 1024), device)
+    held = torch.empty(len(dataset), *features.shape[1:], dtype=torch.float16, device=device)
+    for part in held.split(1024):
+        part.copy_(features[:len(part)])
+    dataset.begins_with = "rows"
+    return KeptFeatures(held)
+
+
+def time_validation(encoder, dataset, config, device):
+    """What train.py does after an epoch: teacher-forced loss, greedy captions of 10 to 20 words, their scores.
+
+    Args:
+        encoder (Module). dataset (CaptionDataset). config (Config). device (torch.device).
+    Returns:
+        float: seconds; float: those of them that the scores take.
+    """
+    word_map = make_word_map(V)
+    words, decoder = word_list(word_map), make_decoder(V, "product", word_map).to(device)
+    references = [[decode_caption(ids[1:n - 1], words) for ids, n in zip(*picture)]
+                  for picture in zip(dataset.captions.tolist(), dataset.caption_lengths.tolist())]
+    few = [dataset[list(range(min(config.batch_size, len(dataset))))]]  # to begin with, for what is set up then
+    for loader in (few, make_loader(dataset, config, False)):
+        start = time.perf_counter()
+        _, captions = validate(encoder, decoder, loader, config, word_map, lambda: None)
+        generated = time.perf_counter()
+    score([caption["words"] for caption in captions], references)
+    return time.perf_counter() - start, time.perf_counter() - generated
 
 
 class Usage:
