@@ -117,6 +117,9 @@ def main():
     folder = Path(config.log_dir) / state["run"]
     writer = start_log(folder, config, state, checkpoint, len(train_loader), valid_set) if rank == 0 else None
     if rank == 0:
+        if config.encoder_weights == "none" and not config.fine_tune_encoder and not was_trained(encoder):
+            print("warning: with --encoder_weights none the encoder is random, and without --fine_tune_encoder true it "
+                  "stays so: give that, or begin with --encoder_weights imagenet")
         print(f"{len(train_set)} training and {len(valid_set)} validation pictures, {len(word_map)} words; "
               f"{config.encoder} ({config.encoder_weights}), {device} x {world_size}, {precision(config, device)}; "
               "rates: " + ", ".join(f"{name} {rate:g}" for name, rate in rates(optimizers).items())
@@ -497,6 +500,11 @@ def resume_optimizers(optimizers, checkpoint, flags, path):
 def rates(optimizers):
     """The rates in force. Returns: dict, decoder_lr and perhaps encoder_lr -> float."""
     return {f"{name}_lr": optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
+
+
+def was_trained(encoder):
+    """Whether an encoder that began with random weights has been trained: batch norms count their batches."""
+    return any(count > 0 for name, count in encoder.named_buffers() if name.endswith("num_batches_tracked"))
 
 
 def parameters(optimizers):

@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -43,6 +44,17 @@ def epoch_of(tiny_flags, *flags):
     state = dict(epoch=0, batch=0, step=0, seconds=0.0, reading={}, totals=[0.0] * 6,
                  recent=torch.zeros(6, dtype=torch.float64))
     return encoder, decoder, train.make_optimizers(config, encoder, decoder), loader, config, state, None, lambda: None
+
+
+def test_an_encoder_that_is_random_and_stays_so_is_warned_of(run, capsys):
+    warning = r"^warning: .*--encoder_weights none.*--fine_tune_encoder true"
+
+    def warned(*flags):
+        run(*flags)
+        return len(re.findall(warning, capsys.readouterr().out, re.MULTILINE))
+    assert warned("--epochs", 1) == warned("--epochs", 1, "--resume") == 1
+    assert warned("--resume", "--fine_tune_encoder", "true") == 0
+    assert warned("--resume", "--fine_tune_encoder", "false") == 0, "it has been trained"
 
 
 def test_a_grad_clip_of_0_clips_nothing(tiny_flags):
