@@ -12,8 +12,8 @@ line an epoch) and config.json (settings, command, versions). A run that goes on
 
 Departures from the original, and why:
 - Pictures come in batches with all their captions: one pass of the encoder instead of five.
-- The best checkpoint is chosen by the CIDEr of generated captions; the original's BLEU-4 is of captions that were
-  fed the true words, which says little about what the model writes on its own.
+- The best checkpoint is chosen by the CIDEr of generated captions, then by their BLEU-4 and the validation loss; the
+  original's BLEU-4 is of captions that were fed the true words, which says little about what the model writes itself.
 - The last, incomplete batch of an epoch is left out, so that batches do not depend on the number of processes.
 - One tokenization makes the word map and uses it; the original counts the words of jieba's full mode and then encodes
   those of its exact mode. Pictures lie in HDF5.
@@ -80,7 +80,7 @@ def main():
     encoder, decoder = load_models(checkpoint, config, path) if checkpoint else build_models(config, len(word_map))
     # All that a run needs to go on, besides the weights: where it is, what it has summed up since the epoch began
     # (totals) and since the last reading (recent), what it decides by, and the last entry of its log.
-    state = dict(epoch=0, batch=0, step=0, totals=[0.0] * 6, recent=[0.0] * 6, seconds=0.0, best_score=-math.inf,
+    state = dict(epoch=0, batch=0, step=0, totals=[0.0] * 6, recent=[0.0] * 6, seconds=0.0, best_score=[-math.inf] * 3,
                  epochs_since_improvement=0, run=from_first_process(time.strftime("%Y%m%d-%H%M%S")), reading={},
                  entry={}, batches=dict(pictures=len(train_set), batch_size=config.batch_size, seed=config.seed))
     if checkpoint:
@@ -153,10 +153,11 @@ def main():
                                 f"saved; the last checkpoint is kept: --resume with lower rates, and should that end "
                                 f"here too, put {path.with_name(BEST_CHECKPOINT)} in its place")
 
-        better = validation["CIDEr"] > state["best_score"]
+        scores = [validation["CIDEr"], validation["BLEU-4"], -validation["loss"]]  # the next decides where one ties
+        better = scores > state["best_score"]
         state["recent"].zero_()
         state.update(epoch=state["epoch"] + 1, batch=0, totals=[0.0] * 6, seconds=0.0,
-                     best_score=max(validation["CIDEr"], state["best_score"]),
+                     best_score=max(scores, state["best_score"]),
                      epochs_since_improvement=0 if better else state["epochs_since_improvement"] + 1)
         state["entry"] = dict(epoch=state["epoch"], step=state["step"], train=training, valid=validation,
                               rates=rates(optimizers), best=better, reading=state["reading"],
@@ -175,7 +176,7 @@ def main():
     if rank == 0:
         reason = (f"no better score for {config.early_stop_epochs} epochs"
                   if state["epoch"] < config.epochs else f"all {config.epochs} epochs done")
-        print(f"Finished ({reason}); best CIDEr on valid, greedy: {state['best_score']:.4f}, in "
+        print(f"Finished ({reason}); best CIDEr on valid, greedy: {state['best_score'][0]:.4f}, in "
               f"{path.with_name(BEST_CHECKPOINT)}")
         writer.close()
     if dist.is_initialized():

@@ -91,6 +91,8 @@ def read_checkpoint(path, word_map_path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken file leads it to
         return load_original(path, word_map_path, (str(error).splitlines() or [type(error).__name__])[0])
+    if isinstance(checkpoint, dict) and type(checkpoint.get("best_score")) is float:  # by CIDEr alone: a tie loses
+        checkpoint["best_score"] = [checkpoint["best_score"], math.inf, math.inf]
     for name, is_right in FIELDS.items():
         if not isinstance(checkpoint, dict) or name not in checkpoint or not is_right(checkpoint[name]):
             raise UserError(f"{path} is not a checkpoint of this repo: it has no proper {name!r}")
@@ -121,8 +123,10 @@ def is_state_dict(value):
         for name, tensor in value.items())
 
 
-def is_sums(value):
-    return isinstance(value, list) and len(value) == 6 and all(type(number) is float for number in value)
+def is_list_of(n):
+    """A function that says whether a value is a list of n floats, none of them NaN."""
+    return lambda value: isinstance(value, list) and len(value) == n and all(
+        type(number) is float and not math.isnan(number) for number in value)
 
 
 def are_numbers(value):
@@ -145,8 +149,8 @@ def is_entry(value):
 FIELDS = dict(
     version=is_count, config=lambda value: isinstance(value, dict), word_map=lambda value: isinstance(value, dict),
     encoder=is_state_dict, decoder=is_state_dict, optimizers=lambda value: isinstance(value, dict), epoch=is_count,
-    step=is_count, best_score=lambda value: type(value) is float and not math.isnan(value),
-    epochs_since_improvement=is_count, batch=is_count, world_size=is_count, totals=is_sums, recent=is_sums,
+    step=is_count, best_score=is_list_of(3), epochs_since_improvement=is_count, batch=is_count, world_size=is_count,
+    totals=is_list_of(6), recent=is_list_of(6),
     seconds=lambda value: type(value) is float and 0 <= value < 1e9, reading=are_numbers, batches=are_numbers,
     entry=is_entry,
     run=lambda value: isinstance(value, str) and re.fullmatch(r"[\w-]{1,100}", value))  # a folder of --log_dir

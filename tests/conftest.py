@@ -66,8 +66,9 @@ def tampered(path, done=None):
 
 
 # What a checkpoint needs besides weights, settings and word map; of a run that has not begun.
-NOT_BEGUN = dict(epoch=0, batch=0, step=0, totals=[0.0] * 6, recent=[0.0] * 6, seconds=0.0, best_score=0.0,
-                 epochs_since_improvement=0, run="run", reading={}, entry={}, batches={}, world_size=1, optimizers={})
+NOT_BEGUN = dict(epoch=0, batch=0, step=0, totals=[0.0] * 6, recent=[0.0] * 6, seconds=0.0,
+                 best_score=[0.0] * 3, epochs_since_improvement=0, run="run", reading={}, entry={}, batches={},
+                 world_size=1, optimizers={})
 
 
 @pytest.fixture

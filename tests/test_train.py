@@ -149,6 +149,35 @@ def test_a_validation_that_is_not_finite_stops_the_run(run, tmp_path, monkeypatc
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Which epoch is the best
+
+
+def let_score_give(monkeypatch, *scores):
+    """Let the captions of the next epochs have these CIDEr and BLEU-4; the validation loss falls, as training works."""
+    scores = iter(scores)
+    monkeypatch.setattr(train, "score", lambda *_: dict(zip(("CIDEr", "BLEU-4"), next(scores))))
+
+
+def test_where_cider_ties_bleu_decides_and_then_the_loss(run, tmp_path, monkeypatch):
+    let_score_give(monkeypatch, (0.5, 0.1), (0.5, 0.2), (0.5, 0.2), (0.4, 0.9), (0.6, 0.0))
+    run("--epochs", 5, "--batch_size", 12)
+    log, _ = read_log(tmp_path)
+    losses = [line["valid"]["loss"] for line in log]
+    assert losses == sorted(losses, reverse=True) and len(set(losses)) == 5
+    assert [line["best"] for line in log] == [True, True, True, False, True]
+    assert load_checkpoint(tmp_path / "models" / "BEST_checkpoint.pth.tar")["epoch"] == 5
+
+
+def test_a_checkpoint_that_knows_only_its_best_cider_can_be_gone_on_with(run, tmp_path, monkeypatch):
+    let_score_give(monkeypatch, (0.5, 0.1), (0.5, 0.2), (0.6, 0.0))
+    run("--epochs", 1, "--batch_size", 12)
+    path = tmp_path / "models" / "checkpoint.pth.tar"
+    torch.save({**torch.load(path), "best_score": 0.5}, path)
+    run("--resume", "--epochs", 3, "--batch_size", 12)
+    assert [line["best"] for line in read_log(tmp_path)[0]] == [True, False, True]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Top-5
 
 
