@@ -432,9 +432,23 @@ def keep_freed_memory():
 
 
 def init_distributed(device):
-    """Join the other processes where torchrun started this one. Returns: rank (int), world_size (int)."""
-    if "WORLD_SIZE" not in os.environ:
+    """Join the other processes where torchrun, or what sets the same variables, started this one.
+
+    Args:
+        device (torch.device)
+    Returns:
+        rank (int), world_size (int)
+    Raises:
+        UserError: the variables speak of others, but not of how to meet them; some did not come in time.
+    """
+    given = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    missing = [name for name, value in given.items() if not (value if name == "MASTER_ADDR" else value.isdecimal())]
+    if missing and given["WORLD_SIZE"] in ("", "1"):  # some schedulers set it, and nothing else, for every job
         return 0, 1
+    if missing:
+        raise UserError(f"WORLD_SIZE={given['WORLD_SIZE']} asks for several processes, which cannot meet without a "
+                        f"proper {' and '.join(missing)}: start them with torchrun, or unset WORLD_SIZE to run one "
+                        f"alone")
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
         store = own_part(store, rank, world_size)
@@ -442,7 +456,7 @@ def init_distributed(device):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world_size)
     except dist.DistError as error:
-        raise UserError(f"the {os.environ['WORLD_SIZE']} processes that WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak "
+        raise UserError(f"the {given['WORLD_SIZE']} processes that WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak "
                         f"of have not met within {START_TIMEOUT} ({str(error)[:300]})") from None
     return rank, world_size
 

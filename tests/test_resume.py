@@ -14,7 +14,8 @@ import torch
 from conftest import ROOT, error_line, script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils import load_checkpoint
+from config import UserError
+from utils import init_distributed, load_checkpoint
 
 KILLS = int(os.environ.get("KILLS", 2))
 # Six steps an epoch, two readings, dropout, all layers trained, and a checkpoint after every step.
@@ -219,3 +220,24 @@ def test_a_run_that_is_there_is_not_begun_again(whole, tiny_flags):
     refused = script("train.py", *tiny_flags, *flags(whole))
     assert refused.returncode == 2 and "--resume" in error_line(refused.stderr)
     assert (whole / "models" / "checkpoint.pth.tar").read_bytes() == before
+
+
+JOINING = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1")
+
+
+@pytest.mark.parametrize("given", [{}, dict(WORLD_SIZE="1"), dict(JOINING, WORLD_SIZE="1", MASTER_PORT="")])
+def test_a_lone_process_waits_for_nobody(given, monkeypatch):
+    for name in JOINING:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert init_distributed(torch.device("cpu")) == (0, 1)
+
+
+@pytest.mark.parametrize("name, value", [*((name, "") for name in JOINING if name != "WORLD_SIZE"), ("RANK", "first"),
+                                         ("WORLD_SIZE", "two"), ("MASTER_PORT", "-1")])
+def test_processes_that_cannot_meet_say_what_is_missing(name, value, monkeypatch):
+    for known, good in dict(JOINING, **{name: value}).items():
+        monkeypatch.setenv(known, good)
+    with pytest.raises(UserError, match=f"{name}.*torchrun"):
+        init_distributed(torch.device("cpu"))
