@@ -23,7 +23,7 @@ from datasets import (END, PAD, START, UNK, CaptionDataset, decode_caption, load
                       word_list, write_text)
 from models import beam_search, pixel_positions
 from scores import characters, meteor, official_scores, ptb_tokenize, score
-from utils import gather_lists, init_distributed, open_checkpoint
+from utils import gather_lists, init_distributed, meet_processes, open_checkpoint
 
 # Where the diagnosis warns. In a random pair of pictures hardly two deserve the same caption, and with ten captions in
 # equal use one pair in ten would have it, however many pictures there are. Few pictures prove nothing.
@@ -49,7 +49,8 @@ def main():
     # A model of the original has another word map than the data; of these only pictures and raw captions count here.
     data_words = load_word_map(config.data_dir) if args.word_map else checkpoint["word_map"]
     dataset = CaptionDataset(config, args.split, data_words)
-    rank, world_size = init_distributed(device)
+    rank, world_size, store = meet_processes()
+    init_distributed(device, rank, world_size, store)
     loader = make_loader(dataset, config, False, rank, world_size)
     scenes_path = Path(config.data_dir) / "scenes.json"
     scenes = read_scenes(scenes_path) if scenes_path.exists() else {}

@@ -22,7 +22,6 @@ Departures from the original, and why:
 import itertools
 import json
 import math
-import os
 import shlex
 import signal
 import sys
@@ -45,8 +44,8 @@ from demo import draw_attention
 from eval import generate, score, tokenize_references
 from models import build_models, caption_loss, pixel_positions, to_device
 from utils import (BEST_CHECKPOINT, CHECKPOINT, CHECKPOINT_VERSION, from_first_process, gather_lists, get_device,
-                   git_revision, init_distributed, keep_freed_memory, largest_of_processes, load_checkpoint,
-                   load_models, load_optimizer, save_checkpoint, sum_over_processes)
+                   git_revision, goes_on, init_distributed, keep_freed_memory, largest_of_processes, load_checkpoint,
+                   load_models, load_optimizer, meet_processes, save_checkpoint, sum_over_processes)
 
 PICTURES_SHOWN = 4  # validation pictures drawn in TensorBoard after every epoch
 
@@ -55,17 +54,15 @@ def main():
     args = parse_args(__doc__, {"resume": dict(action="store_true", help="go on from the last checkpoint")})
     config = get_config(args.preset, args.flags)
     path = Path(config.model_dir) / CHECKPOINT
+    rank, world_size, store = meet_processes()
     checkpoint = None
-    # torchrun --max_restarts repeats the command as it was given.
-    if args.resume or (int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and path.exists()):
+    if goes_on(path, args.resume, rank, store):
         checkpoint = load_checkpoint(path)
         config = get_config(flags=args.flags, trained=checkpoint["config"])
-    elif path.exists():
-        raise UserError(f"{path} exists: go on with --resume, or choose another --model_dir")
 
     keep_freed_memory()
     device = get_device(config)
-    rank, world_size = init_distributed(device)
+    init_distributed(device, rank, world_size, store)
     word_map = load_word_map(config.data_dir)
     if checkpoint and checkpoint["word_map"] != word_map:
         raise UserError(f"{path} was trained with another word map than {config.data_dir}/WORDMAP.json")

@@ -431,34 +431,29 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def init_distributed(device):
-    """Join the other processes where torchrun, or what sets the same variables, started this one.
+def meet_processes():
+    """Meet the other processes where torchrun, or what sets the same variables, started this one.
 
-    Args:
-        device (torch.device)
     Returns:
         rank (int), world_size (int)
+        PrefixStore: see own_part; it lies in that of the job, which torchrun keeps while it starts processes again.
     Raises:
         UserError: the variables speak of others, but not of how to meet them; some did not come in time.
     """
     given = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     missing = [name for name, value in given.items() if not (value if name == "MASTER_ADDR" else value.isdecimal())]
     if missing and given["WORLD_SIZE"] in ("", "1"):  # some schedulers set it, and nothing else, for every job
-        return 0, 1
+        return 0, 1, own_part(dist.HashStore(), 0, 1)
     if missing:
         raise UserError(f"WORLD_SIZE={given['WORLD_SIZE']} asks for several processes, which cannot meet without a "
                         f"proper {' and '.join(missing)}: start them with torchrun, or unset WORLD_SIZE to run one "
                         f"alone")
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
-        store = own_part(store, rank, world_size)
-        # gloo for what lies in the processes' own memory: to agree on something then stops no GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world_size)
+        return rank, world_size, own_part(store, rank, world_size)
     except dist.DistError as error:
         raise UserError(f"the {given['WORLD_SIZE']} processes that WORLD_SIZE, MASTER_ADDR and MASTER_PORT speak "
                         f"of have not met within {START_TIMEOUT} ({str(error)[:300]})") from None
-    return rank, world_size
 
 
 def own_part(store, rank, world_size):
@@ -486,6 +481,38 @@ def own_part(store, rank, world_size):
             store.set(f"to {other} at its start {store.add(f'starts of {other}', 0)}", str(start))
         time.sleep(0.05)
     return dist.PrefixStore(f"start {start}", store)
+
+
+def goes_on(path, told, rank, store):
+    """Whether a run goes on from the checkpoint at `path`: told to, or started again in the job that began it.
+
+    torchrun --max_restarts repeats the command as it was given, a refused one too. Its count of restarts tells neither
+    from the other, and is not raised where it was another node's process that died; the job's store remembers.
+
+    Args:
+        path (Path). told (bool): --resume was given. rank (int), store (PrefixStore): of meet_processes.
+    Returns:
+        bool: the first process's answer, in all of them.
+    Raises:
+        UserError: there is a checkpoint that is none of this job's business.
+    """
+    if rank == 0:
+        job, own, is_there = store.underlying_store, f"run in {path!r}", path.exists()
+        if told or not is_there:
+            job.set(own, "")
+        store.set("course", ("go on" if told or is_there else "begin") if job.check([own]) else "refuse")
+    course = store.get("course")
+    if course == b"refuse":
+        raise UserError(f"{path} exists: go on with --resume, or choose another --model_dir")
+    return course == b"go on"
+
+
+def init_distributed(device, rank, world_size, store):
+    """Let the processes that have met work together. Args: device (torch.device), and what meet_processes gave."""
+    if world_size > 1:
+        # gloo for what lies in the processes' own memory: to agree on something then stops no GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world_size)
 
 
 def sum_over_processes(tensor):

@@ -5,17 +5,19 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, error_line, script
+from conftest import ROOT, files_under, script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train
 from config import UserError
-from utils import init_distributed, load_checkpoint
+from utils import load_checkpoint, meet_processes
 
 KILLS = int(os.environ.get("KILLS", 2))
 # Six steps an epoch, two readings, dropout, all layers trained, and a checkpoint after every step.
@@ -28,10 +30,10 @@ def flags(folder, **settings):
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
 
-def start(*args, torchrun=()):
+def start(*args, torchrun=(), stderr=subprocess.DEVNULL):
     command = [sys.executable, "-u", *(["-m", "torch.distributed.run", *torchrun] if torchrun else []),
                str(ROOT / "train.py"), *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True,
                             start_new_session=True)
 
 
@@ -162,25 +164,37 @@ def assert_near(many, one):
     assert compared > 0.5 * sum(weight.numel() for weight in one["state"]["decoder"].values())
 
 
-@pytest.mark.parametrize("processes", [2, 4] if KILLS >= 30 else [2])
-def test_processes_share_a_run(tiny_flags, tmp_path, processes):
-    """2 and 4 processes end where one does, but for rounding; without dropout, which each draws for itself."""
-    settings = dict(dropout=0.0, batch_size=4, fine_tune_encoder="false", epochs=2)
-    script("train.py", *tiny_flags, *flags(tmp_path / "one", **settings), check=0)
-    process = start(*tiny_flags, *flags(tmp_path / "many", **settings),
+# What several processes can do as one does: without dropout, which each draws for itself.
+SHARED = dict(dropout=0.0, batch_size=4, fine_tune_encoder="false", epochs=4, early_stop_epochs=4)
+
+
+@pytest.fixture(scope="module")
+def lone(tiny_flags, tmp_path_factory):
+    """The folder of a run of one process that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("lone")
+    script("train.py", *tiny_flags, *flags(folder, **SHARED), check=0)
+    return folder
+
+
+@pytest.mark.skipif(KILLS < 30, reason="the next but one shows it too, of two: KILLS=30")
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_a_run(lone, tiny_flags, tmp_path, processes):
+    """2 and 4 processes end where one does, but for rounding."""
+    process = start(*tiny_flags, *flags(tmp_path, **SHARED),
                     torchrun=["--standalone", f"--nproc_per_node={processes}"])
     assert process.wait(timeout=240) == 0
     process.stdout.close()
-    assert_near(outcome(tmp_path / "many"), outcome(tmp_path / "one"))
+    assert_near(outcome(tmp_path), outcome(lone))
 
 
 STARTED_AGAIN = """
 import os, signal, sys, time, torch
 sys.path.insert(0, sys.argv[1])
-from utils import gather_lists, init_distributed
+from utils import gather_lists, init_distributed, meet_processes
 first, again = os.environ["RANK"] == "0", os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
 time.sleep(2 * (first and again))
-rank, world_size = init_distributed(torch.device("cpu"))
+rank, world_size, store = meet_processes()
+init_distributed(torch.device("cpu"), rank, world_size, store)
 assert gather_lists([rank]) == [0, 1]
 if not again:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -195,31 +209,59 @@ def test_processes_that_are_started_again_do_not_wait_for_the_dead(tmp_path):
                     "--max_restarts=1", str(path), str(ROOT)], check=True, timeout=200, capture_output=True)
 
 
-@pytest.mark.skipif(KILLS < 30, reason="takes minutes: KILLS=30")
-def test_a_worker_that_dies_is_started_again_and_the_run_ends_the_same(tiny_flags, tmp_path):
-    """torchrun takes the other one down, starts both anew, and they go on from the last checkpoint; ten times over."""
-    settings = dict(dropout=0.0, batch_size=4, fine_tune_encoder="false", epochs=4, early_stop_epochs=4)
-    script("train.py", *tiny_flags, *flags(tmp_path / "one", **settings), check=0)
-    rng, deaths = random.Random(KILLS), KILLS // 3
-    process = start(*tiny_flags, *flags(tmp_path / "two", **settings),
-                    torchrun=["--standalone", "--nproc_per_node=2", f"--max_restarts={deaths}"])
-    path = tmp_path / "two" / "models" / "checkpoint.pth.tar"
+def signal_a_worker(process, number, folder, rng=random):
+    """Send a signal to one of what torchrun has started, once there is a checkpoint."""
+    path = folder / "models" / "checkpoint.pth.tar"
     for _ in itertools.takewhile(lambda _: not path.exists(), range(2400)):
         time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(rng.choice(children)), number)
+
+
+def test_a_worker_that_dies_is_started_again_and_the_run_ends_the_same(lone, tiny_flags, tmp_path):
+    """torchrun takes the other one down, starts both anew, and they go on from the last checkpoint."""
+    rng, deaths = random.Random(KILLS), max(KILLS // 3, 1)
+    process = start(*tiny_flags, *flags(tmp_path, **SHARED),
+                    torchrun=["--standalone", "--nproc_per_node=2", f"--max_restarts={deaths}"])
     for _ in range(deaths):
-        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(rng.choice(children)), signal.SIGKILL)
+        signal_a_worker(process, signal.SIGKILL, tmp_path, rng)
         while "going on at epoch" not in (line := process.stdout.readline()):
             assert line, "it ended before it went on"
     assert "Finished" in process.communicate(timeout=240)[0] and process.returncode == 0
-    assert_near(outcome(tmp_path / "two"), outcome(tmp_path / "one"))
+    assert_near(outcome(tmp_path), outcome(lone))
 
 
-def test_a_run_that_is_there_is_not_begun_again(whole, tiny_flags):
-    before = (whole / "models" / "checkpoint.pth.tar").read_bytes()
-    refused = script("train.py", *tiny_flags, *flags(whole))
-    assert refused.returncode == 2 and "--resume" in error_line(refused.stderr)
-    assert (whole / "models" / "checkpoint.pth.tar").read_bytes() == before
+@pytest.mark.skipif(KILLS < 30, reason="takes a minute: KILLS=30")
+def test_a_node_whose_own_worker_lives_goes_on_too(lone, tiny_flags, tmp_path):
+    """Its torchrun counts no restart when it is another node's worker that dies."""
+    with socket.create_server(("localhost", 0)) as free:
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    nodes = [start(*tiny_flags, *flags(tmp_path, **SHARED), torchrun=[
+        "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}",
+        "--local_addr=localhost", f"--max_restarts={restarts}"]) for restarts in (0, 1)]
+    signal_a_worker(nodes[0], signal.SIGSTOP, tmp_path)  # or it would die of its loss, and be counted
+    signal_a_worker(nodes[1], signal.SIGKILL, tmp_path)
+    printed = "".join(node.communicate(timeout=240)[0] for node in nodes)
+    assert "going on at epoch" in printed and [node.returncode for node in nodes] == [0, 0]
+    assert_near(outcome(tmp_path), outcome(lone))
+
+
+def test_torchrun_does_not_take_over_a_run_that_is_there(whole, tiny_flags, tmp_path):
+    """Starting the command again makes no --resume of it."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    process = start(*tiny_flags, *flags(tmp_path, epochs=3, decoder_lr=0.5), stderr=subprocess.PIPE,
+                    torchrun=["--standalone", "--nproc_per_node=1", "--max_restarts=1"])
+    errors = process.communicate(timeout=240)[1]
+    assert process.returncode and errors.count("exists: go on with --resume") == 2, errors[-4000:]
+    assert files_under(tmp_path) == files_under(whole)
+
+
+def test_a_run_that_is_there_is_not_begun_again(whole, tiny_flags, monkeypatch):
+    before = files_under(whole)
+    monkeypatch.setattr(sys, "argv", ["train.py", *tiny_flags, *flags(whole)])
+    with pytest.raises(UserError, match="--resume"):
+        train.main()
+    assert files_under(whole) == before
 
 
 JOINING = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1")
@@ -231,7 +273,7 @@ def test_a_lone_process_waits_for_nobody(given, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    assert init_distributed(torch.device("cpu")) == (0, 1)
+    assert meet_processes()[:2] == (0, 1)
 
 
 @pytest.mark.parametrize("name, value", [*((name, "") for name in JOINING if name != "WORLD_SIZE"), ("RANK", "first"),
@@ -240,4 +282,4 @@ def test_processes_that_cannot_meet_say_what_is_missing(name, value, monkeypatch
     for known, good in dict(JOINING, **{name: value}).items():
         monkeypatch.setenv(known, good)
     with pytest.raises(UserError, match=f"{name}.*torchrun"):
-        init_distributed(torch.device("cpu"))
+        meet_processes()
