@@ -472,13 +472,12 @@ def epoch(device, pictures, batch_size, workers):
                     start = time.perf_counter()
                     train_one_epoch(encoder, decoder, optimizers, loader, config, state, None, lambda: None)
                     seconds = time.perf_counter() - start
-            print(f"| {kind} | {seconds:.1f} | {n / seconds:.0f} | {usage.mean:.0f}% | {memory(device) / 2**30:.1f} | ",
-                  end="", flush=True)
+            row = f"| {kind} | {seconds:.1f} | {n / seconds:.0f} | {usage.mean:.0f}% | {memory(device) / 2**30:.1f} |"
             # Initial weights are validated: what a model has learnt to say of noise may be of any length.
             encoder = hold_features(valid_set, device) if kind == "kept" else make_encoder("product").to(device)
             validation, scores = time_validation(encoder.folded() if kind == "frozen" else encoder, valid_set, config,
                                                  device)
-            print(f"{validation:.1f} | {scores:.1f} |", flush=True)
+            print(f"{row} {validation:.1f} | {scores:.1f} |", flush=True)
             encoder = decoder = optimizers = loader = None
 
 
