@@ -486,13 +486,22 @@ def make_optimizers(config, encoder, decoder):
 
 
 def resume_optimizers(optimizers, checkpoint, flags, path):
-    """Load what the checkpoint knows of each optimizer; a rate that the user names now takes its place."""
+    """Load what the checkpoint knows of each optimizer; a rate that the user names takes its place, once.
+
+    A command that is repeated, by torchrun or a scheduler, is not to undo the decay since.
+    """
     for name, optimizer in optimizers.items():
+        rate = f"{name}_lr"
         if name in checkpoint["optimizers"]:
             load_optimizer(optimizer, checkpoint["optimizers"][name], path)
-        if f"{name}_lr" in flags:
+        if rate not in flags:
+            continue
+        if flags[rate] != checkpoint["config"].get(rate):
             for group in optimizer.param_groups:
-                group["lr"] = flags[f"{name}_lr"]
+                group["lr"] = flags[rate]
+        elif rates(optimizers)[rate] != flags[rate] and (not dist.is_initialized() or dist.get_rank() == 0):
+            print(f"{rate} {flags[rate]:g} is what this run was given before: after its decay it stays at "
+                  f"{rates(optimizers)[rate]:g}")
 
 
 def rates(optimizers):

@@ -246,6 +246,18 @@ def test_a_node_whose_own_worker_lives_goes_on_too(lone, tiny_flags, tmp_path):
     assert_near(outcome(tmp_path), outcome(lone))
 
 
+@pytest.mark.parametrize("given, in_force", [(None, 2.5e-4), (1e-3, 2.5e-4), (5e-4, 5e-4), (2.5e-4, 2.5e-4)])
+def test_a_rate_on_the_command_line_counts_once(given, in_force, capsys):
+    """A restart repeats the command, and so does a requeued job: what has decayed since is not undone, and said."""
+    weight = [torch.nn.Parameter(torch.zeros(2))]
+    decayed = torch.optim.Adam(weight, lr=2.5e-4).state_dict()
+    optimizers = dict(decoder=torch.optim.Adam(weight, lr=given or 1e-3))
+    train.resume_optimizers(optimizers, dict(optimizers=dict(decoder=decayed), config=dict(decoder_lr=1e-3)),
+                            dict(decoder_lr=given) if given else {}, "checkpoint.pth.tar")
+    assert train.rates(optimizers) == dict(decoder_lr=in_force)
+    assert ("stays at 0.00025" in capsys.readouterr().out) == (given == 1e-3)
+
+
 def test_torchrun_does_not_take_over_a_run_that_is_there(whole, tiny_flags, tmp_path):
     """Starting the command again makes no --resume of it."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
