@@ -42,10 +42,11 @@ def save_checkpoint(checkpoint, path):
     """
     content = io.BytesIO()  # so that its size is known, and since torch.save does not say why a disk refuses
     torch.save(checkpoint, content)
+    content = content.getvalue()  # no copy; over a view that an error's traceback keeps Python 3.12.1 crashes
     previous = path.with_name(PREVIOUS_CHECKPOINT)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, len(content.getbuffer())) as temporary:
-        temporary.write_bytes(content.getbuffer())
+    with replacing(path, len(content)) as temporary:
+        temporary.write_bytes(content)
         if path.name == CHECKPOINT and path.exists():
             previous.unlink(missing_ok=True)
             try:

@@ -1,6 +1,7 @@
 """The four scripts end to end, as a user calls them, on a few tiny drawn pictures; every output is looked into."""
 import copy
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -379,6 +380,20 @@ def test_a_checkpoint_on_a_full_disk(small_disk):
         assert part in str(error.value)
     assert files_under(small_disk) == before
     assert load_checkpoint(path)["epoch"] == 4
+
+
+def test_the_error_of_a_full_disk_can_be_collected(small_disk):
+    """Python 3.12.1 crashes where a traceback that it collects holds a view of a BytesIO."""
+    def refused():
+        errors = []
+        try:
+            save_checkpoint(dict(weights(1), encoder={"weight": torch.zeros(500_000)}), small_disk / "file")
+        except UserError as error:
+            errors.append(error)  # a cycle: its traceback has this frame, which has the error
+        return len(errors)
+
+    assert refused() == 1
+    gc.collect()
 
 
 def test_a_bad_checkpoint_as_the_scripts_tell_it(trained, tmp_path):
