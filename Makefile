@@ -1,11 +1,10 @@
 # make sample   the whole pipeline on the sample set, from nothing to images/out_*.jpg
 # make test     lint and the whole test suite
 # make bench    speed and memory against the plain implementation, about twenty minutes on two cores
-# make fuzz     20,000 damaged and hostile files into the scripts: an hour or two
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: sample test bench fuzz
+.PHONY: sample test bench
 
 sample: .venv/installed data/sample/scenes.json
 	$(BIN)/python pre_process.py --preset sample
@@ -19,9 +18,6 @@ test: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py all
-
-fuzz: .venv/installed
-	$(BIN)/python tests/fuzz.py --inputs 20000
 
 data/sample/scenes.json: | .venv/installed
 	$(BIN)/python data/sample.py

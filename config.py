@@ -3,36 +3,27 @@
     python train.py --preset sample --batch_size 16 --fine_tune_encoder true
 """
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import inspect
-import os
 import re
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-
-class UserError(Exception):
-    """Something the user can mend: shown as one line that names the file and the way out; exit code 2."""
-
-
-ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+from utils import UserError, is_path
 
 
 @dataclass(frozen=True)
 class Config:
     # data
     data_dir: str = "data"  # archives in, WORDMAP.json and {split}.h5 out
-    image_size: int = 256  # pixels a side; pictures are resized to a square, as in the original
-    captions_per_image: int = 5  # the data set's own number; further captions of a picture are left out
-    max_len: int = 40  # words a caption; longer ones are cut
-    min_word_freq: int = 3  # a word seen less often in the training captions becomes <unk>
-    max_bad_images: float = 0.01  # share of unreadable pictures above which preprocessing stops instead of going on
+    image_size: int = 256  # pixels per side; pictures are resized to a square, as in the original
+    captions_per_image: int = 5  # as many as the data set has; further captions of a picture are ignored
+    max_len: int = 40  # words per caption; longer ones are truncated
+    min_word_freq: int = 3  # a word that is rarer in the training captions becomes <unk>
+    max_bad_images: float = 0.01  # share of unreadable pictures above which preprocessing stops
 
     # model
-    encoder: str = "resnet101"  # resnet18, resnet34, resnet50, resnet101 or resnet152
+    encoder: str = "resnet101"  # a network that backbone() in models.py knows: resnet18, 34, 50, 101 or 152
     encoder_weights: str = "imagenet"  # imagenet (torchvision's), none (random), or the path of a state dict
     encoded_image_size: int = 14  # the attention chooses among 14 x 14 = 196 pixels (section 4.3)
     emb_dim: int = 512  # word embedding
@@ -41,12 +32,12 @@ class Config:
     dropout: float = 0.5  # on the LSTM state, before the words are scored
 
     # optimisation
-    epochs: int = 120  # at the most; early stopping comes first
-    batch_size: int = 32  # pictures a step over all processes together, each with all its captions
+    epochs: int = 120  # at most; early stopping usually ends the run earlier
+    batch_size: int = 32  # pictures per step, over all processes together, each with all its captions
     fine_tune_encoder: bool = False  # train the encoder too: layer2 to layer4, or all of it where it starts random
     encoder_lr: float = 1e-4  # Adam, when fine-tuning
     decoder_lr: float = 4e-4  # Adam
-    grad_clip: float = 5.0  # each component of the gradient is clipped to +-5; 0 clips none
+    grad_clip: float = 5.0  # each component of the gradient is clipped to +-5; 0: no clipping
     alpha_c: float = 1.0  # weight of the doubly stochastic term (eq. 14)
     lr_decay: float = 0.8  # both rates are multiplied by this ...
     lr_decay_epochs: int = 8  # ... after this many epochs in a row without a better score
@@ -54,14 +45,15 @@ class Config:
 
     # run
     model_dir: str = "models"  # checkpoint.pth.tar, BEST_checkpoint.pth.tar
-    log_dir: str = "logs"  # one folder a run: TensorBoard events, log.jsonl, config.json
-    print_freq: int = 50  # steps between two readings of loss, gradient norm and speed; each costs a synchronisation
-    checkpoint_minutes: float = 15.0  # how often an epoch is saved on its way; a run that is killed loses no more
+    log_dir: str = "logs"  # one folder per run: TensorBoard events, log.jsonl, config.json
+    print_freq: int = 50  # steps between logging loss, gradient norm and speed; each time waits for the device
+    checkpoint_minutes: float = 15.0  # time between checkpoints within an epoch; a killed run loses no more than that
     seed: int = 0  # weights, shuffling, dropout
-    precision: str = "auto"  # of training: float32; bfloat16 (autocast) where the hardware has it; auto: that on a GPU
-    device: str = "auto"  # auto (cuda where there is one, otherwise cpu), cpu, cuda, cuda:1, mps (Apple's), ...
-    workers: int = 4  # processes that read batches; 0 reads in the training process itself
-    cache_features: bool = False  # run a frozen encoder once and keep its grids in data_dir: 262 KB a picture, fp16
+    precision: str = "auto"  # of training: float32; bfloat16 (autocast, if the hardware has it); auto: that on a GPU
+    device: str = "auto"  # auto (cuda if available, otherwise cpu), cpu, cuda, cuda:1, mps (Apple's), ...
+    workers: int = 4  # processes that load batches; 0 loads them in the training process
+    fast: bool = True  # run fast/ instead of models.py where both give the same numbers; false: models.py as written
+    cache_features: bool = False  # run a frozen encoder once and keep its features in data_dir: 262 KB per picture
 
     def __post_init__(self):
         at_least = dict(image_size=32, captions_per_image=1, max_len=1, min_word_freq=1, max_bad_images=0,
@@ -87,54 +79,53 @@ class Config:
                 raise UserError(f"--{name} must be at most {bound}, not {getattr(self, name)}")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise UserError(f"--precision must be auto, float32 or bfloat16, not {self.precision!r}")
-        if self.encoder not in ENCODERS:
-            raise UserError(f"--encoder must be one of {', '.join(ENCODERS)}, not {self.encoder!r}")
         if self.cache_features and self.fine_tune_encoder:
-            raise UserError("--cache_features true keeps what --fine_tune_encoder true changes at every step: give "
-                            "--cache_features false, or --fine_tune_encoder false")
+            raise UserError("--cache_features true keeps features that --fine_tune_encoder true changes at every step: "
+                            "give --cache_features false, or --fine_tune_encoder false")
 
 
-# What a checkpoint's weights or pixels depend on: these cannot be changed for a model that exists.
+CHECKPOINT_VERSION = 3  # of the files that a Config is saved in
+# What the weights of a checkpoint, or the pixels they were trained on, depend on: it cannot change afterwards.
 ARCHITECTURE = ("encoder", "encoded_image_size", "image_size", "emb_dim", "attention_dim", "decoder_dim")
 
 PRESETS = {
     "ai_challenger": {},
-    # Five minutes on two cores that have bfloat16: a small ResNet from random weights, its own 5 x 5 grid, and rates
-    # that fall at once.
+    # Five minutes on two cores with bfloat16: a small ResNet from random weights, its own 5 x 5 grid, and rates that
+    # fall after one epoch without improvement.
     "sample": dict(data_dir="data/sample", model_dir="models/sample", log_dir="logs/sample", image_size=160,
                    encoder="resnet18", encoder_weights="none", fine_tune_encoder=True, encoded_image_size=5,
                    emb_dim=128, attention_dim=256, decoder_dim=256, dropout=0.1, epochs=5, batch_size=10,
                    encoder_lr=8e-4, decoder_lr=1e-3, alpha_c=0.1, lr_decay=0.5, lr_decay_epochs=1,
                    precision="bfloat16", workers=0),
-    # 6,000 photographs, soon learnt by heart: the rates fall and the run ends sooner. min_word_freq may stay: it keeps
-    # 2,109 words, and 3.6 % of the words of the validation captions are not among them.
+    # 6,000 photographs are overfitted soon: the rates fall and the run ends earlier. The default min_word_freq keeps
+    # 2,109 words; 3.6 % of the words of the validation captions are not among them.
     "flickr8k_cn": dict(data_dir="data/flickr8k_cn", model_dir="models/flickr8k_cn", log_dir="logs/flickr8k_cn",
                         epochs=50, lr_decay_epochs=3, early_stop_epochs=10),
 }
 
 
 def get_config(preset="ai_challenger", flags=None, trained=None):
-    """The settings of one run; the precedence is defaults < preset < flags, or defaults < trained < flags.
+    """The settings of a run: defaults < preset < flags, or defaults < trained < flags.
 
     Args:
         preset (str): a key of PRESETS.
         flags (dict): what the user gave on the command line, field -> value.
-        trained (dict): the settings that a checkpoint carries; they stand in the place of the preset.
+        trained (dict): the settings of a checkpoint, instead of a preset.
     Raises:
-        UserError: an unknown preset or field, a value out of range, a flag that contradicts the checkpoint.
+        UserError: unknown preset or field, value out of range, flag that contradicts the checkpoint.
     """
     flags = flags or {}
     if trained is None:
         if preset not in PRESETS:
             raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not {preset!r}")
         return Config(**{**PRESETS[preset], **flags})
-    unknown = sorted(map(str, set(trained) - {field.name for field in dataclasses.fields(Config)}))
+    unknown = sorted(map(str, trained.keys() - {field.name for field in dataclasses.fields(Config)}))
     if unknown:
-        raise UserError(f"the checkpoint has settings this version does not know: {', '.join(unknown)}")
+        raise UserError(f"the checkpoint has settings that this version does not know: {', '.join(unknown)}")
     for name in ARCHITECTURE:
         if name in flags and flags[name] != trained.get(name):
             raise UserError(f"--{name} {flags[name]} contradicts the checkpoint, which was trained with "
-                            f"--{name} {trained.get(name)}: leave the flag out, or train another model")
+                            f"--{name} {trained.get(name)}: omit the flag, or train another model")
     return Config(**{**trained, **flags})
 
 
@@ -146,9 +137,9 @@ def parse_args(description, own=None, argv=None):
         own (dict): the script's own flags, name -> keyword arguments of argparse's add_argument.
         argv (list of str): sys.argv[1:] where None.
     Returns:
-        Namespace: `preset` (str), `flags` (dict: the fields that the user named, and only those), and the own flags.
+        Namespace: `preset` (str), `flags` (dict: only the fields that the user gave), and the script's own flags.
     Raises:
-        UserError: unknown, abbreviated or mistyped flags, values that do not parse.
+        UserError: unknown, abbreviated or mistyped flag, value that does not parse.
     """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
@@ -171,63 +162,11 @@ def parse_args(description, own=None, argv=None):
     return args
 
 
-def run(main):
-    """Run a script's main(); a user's mistake, or a file that the system refuses, becomes one line and exit code 2."""
-    with contextlib.suppress(AttributeError):  # a stream of another kind, such as a notebook's
-        sys.stdout.reconfigure(errors="backslashreplace")  # names and words that the terminal's encoding lacks
-    try:
-        main()
-    except UserError as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)  # one, whatever names and reasons are in it
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-@contextlib.contextmanager
-def replacing(path, size=0):
-    """The one way to write a file whole or not at all: a temporary name that becomes `path` once all is on the disk.
-
-    Args:
-        path (str or Path). size (int): bytes that the file will take, for messages.
-    Yields:
-        Path: where to write, in the same folder.
-    Raises:
-        UserError: the disk is full or not writable; what was at `path` is untouched.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # of a run that was killed; perhaps most of the disk
-        yield temporary
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # elsewhere a folder cannot be opened, nor needs to be
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # the latter is what h5py makes of a disk that is full
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        needs = f"; it takes {size / 2**20:,.1f} MiB" if size else ""
-        raise UserError(f"{path} could not be written ({reason}){needs}. What was there before is untouched: mend "
-                        f"that, or name another folder") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def is_path(text):
-    """Whether the system can be asked for a file of this name."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
+def positive(text):
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(text)
+    return int(text)
 
 
 def boolean(text):

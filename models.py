@@ -1,28 +1,20 @@
 """Show, Attend and Tell (Xu et al. 2015, arXiv 1502.03044) with soft attention, in the paper's order.
 
-Symbols: B pictures, K captions a picture, N captions in all, G cells of the ResNet's own grid, P pixels the attention
-chooses among, T steps, M real tokens, D encoder dim, A attention dim, E word embedding dim, H decoder dim, V words.
-"Eq." and "section" refer to the paper; the parameters have the names of the PyTorch original.
+Symbols: B pictures, K captions per picture, P pixels the attention chooses among, T steps, M real tokens, D encoder
+dim, A attention dim, E word embedding dim, H decoder dim, V words. "Eq." and "section" refer to the paper; parameters
+have the names of the PyTorch original.
 
-On a GPU the time loop is that of kernels.py, with the same numbers; here it can be read.
+This is the model that runs. fast/ holds the same model rearranged for speed and is compared with this file at every
+start: where it gives other numbers, as after an edit here, this file runs as written. `--fast false` turns it off.
 
-Departures from the original, and why:
-- The encoder gives the grid of the ResNet itself (8x8 at 256 pixels). Pooling it to 14x14 is a fixed P x G matrix, and
-  commutes with whatever is linear: so only the energies are worked out on P pixels, the rest on G. Same numbers.
-- `encoder_att` of the pixels and the words' part of the LSTM's input do not depend on the state: once, not every step.
-- The K captions of a picture share its pixels. A caption that has ended leaves the time loop.
-- The hidden layer of the attention, (B, K, P, A), is not kept: it is made again in the backward pass.
-- The words are scored, and the weights' gradients summed, for all real tokens together, outside the time loop.
+Departures from the original:
+- The K captions of a picture are decoded side by side, so the encoder and `encoder_att` run once per picture.
 - A frozen layer stays in eval mode: its batch norms must not drift.
-- Generated captions never contain <pad>, <start> or <unk>, and one that never ends is given as far as it goes.
-Departures from the paper that the original already made: a ResNet instead of VGG, a gate beta for every feature
-instead of one number, the words scored from the state alone, fc(dropout(h)), not by the deep output of Eq. 7, and the
-last term of Eq. 14 as a mean over the pixels.
+- Generated captions never contain <pad>, <start> or <unk>, and one that does not end is returned as it stands.
+Departures from the paper that the original already made: a ResNet instead of VGG, a gate beta per feature instead of
+one number, words scored from the state alone, fc(dropout(h)), instead of the deep output of Eq. 7, and the last term of
+Eq. 14 as a mean over the pixels.
 """
-import copy
-import functools
-import math
-import warnings
 from typing import NamedTuple
 from urllib.error import URLError
 
@@ -30,163 +22,66 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.autograd.function import once_differentiable
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from config import UserError
-from datasets import END, PAD, START, UNK
-
-try:
-    import kernels
-except ModuleNotFoundError:  # Triton comes with PyTorch for Linux; a GPU does without
-    kernels = None
-
-LARGE = 2**22  # numbers in the attention's hidden layer from which on compiling it pays
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from datasets import END, PAD, START, UNK, decode_caption, word_list
+from utils import UserError
 
 
 class Encoder(nn.Module):
-    """The annotation vectors a (section 3.1.1): a ResNet without its last two layers.
+    """The annotation vectors (section 3.1.1): the feature map of a convolutional network.
+
+    Another network is a change of `backbone` alone: its stages, and what everything else follows from.
 
     Args:
-        name (str): resnet18, resnet34, resnet50, resnet101 or resnet152.
-        weights (str): imagenet, none, or the path of a state dict of torchvision's ResNet.
-    Raises:
-        UserError: the weights cannot be had, or do not fit.
+        name (str): of a network that `backbone` knows. weights (str): imagenet, none, or the path of a state dict.
     """
 
     def __init__(self, name, weights):
         super().__init__()
-        resnet = load_resnet(name, weights)
-        self.dim = resnet.fc.in_features  # D: 512 for resnet18 and 34, otherwise 2048
-        self.resnet = nn.Sequential(*list(resnet.children())[:-2]).to(memory_format=torch.channels_last)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1) * 255, persistent=False)
+        self.resnet, facts = backbone(name, weights)
+        self.dim, self.stride, self.offset, self.top = facts["dim"], facts["stride"], facts["offset"], facts["top"]
+        self.register_buffer("mean", torch.tensor(facts["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(facts["std"]).view(3, 1, 1), persistent=False)
         self.fine_tune("none")
 
     def forward(self, images):
-        """
-        Args:
-            images: uint8 (B, S, S, 3), RGB, as read_image gives them.
-        Returns:
-            float (B, S/32, S/32, D), rounded up.
-        """
-        x = images.permute(0, 3, 1, 2)  # (B, 3, S, S), channels last in memory, as the convolutions like it
-        x = ((x.float() - self.mean) / self.std).to(next(self.resnet.parameters()).dtype)
+        """Args: images: uint8 (B, S, S, 3), RGB. Returns: float (B, h, w, D); h = w = S / stride, rounded up."""
+        x = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std  # (B, 3, S, S)
         return self.resnet(x).permute(0, 2, 3, 1)
 
     def fine_tune(self, layers):
-        """Choose what is trained.
-
-        Args:
-            layers (str): none; top (layer2 to layer4, which the original fine-tunes); or all (for random weights).
-        """
-        self.frozen = {"none": 8, "top": 5, "all": 0}[layers]  # how many of conv1, bn1, relu, maxpool, layer1 ... 4
-        for number, layer in enumerate(self.resnet):
-            layer.requires_grad_(number >= self.frozen)
+        """Choose what is trained: none; top, the stages that the original fine-tunes; or all, for random weights."""
+        self.frozen = dict(none=len(self.resnet), top=self.top, all=0)[layers]  # so many of the first stages
+        for number, stage in enumerate(self.resnet):
+            stage.requires_grad_(number >= self.frozen)
 
     def train(self, mode=True):
         super().train(mode)
-        for layer in self.resnet[:self.frozen]:
-            layer.eval()
+        for stage in self.resnet[:self.frozen]:
+            stage.eval()
         return self
 
-    def folded(self, dtype=torch.float32):
-        """The same function for an encoder that is not trained, faster: batch norms folded into the convolutions.
 
-        Args:
-            dtype (torch.dtype): float32; or bfloat16, which gives a grid of that type.
-        Returns:
-            Encoder, in eval mode; its state dict has other names. The numbers are the same up to rounding.
-        """
-        encoder = copy.deepcopy(self).eval()
-        fold_batch_norms(encoder.resnet)
-        conv1, _, _, maxpool, *layers = encoder.resnet
-        blocks = [fused(block) for layer in layers for block in layer]
-        encoder.resnet = nn.Sequential(FusedBlock([conv1]), maxpool, *blocks)
-        encoder.resnet.requires_grad_(False).to(dtype, memory_format=torch.channels_last)
-        return encoder
+def backbone(name, weights):
+    """The network in the encoder's place: torchvision's ResNet without its last two layers.
 
-
-def fold_batch_norms(module):
-    """Let each convolution do the work of the batch norm after it, which in eval mode is linear too. In place."""
-    previous = None
-    for name, child in list(module.named_children()):
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, previous, fuse_conv_bn_eval(getattr(module, previous), child))
-            setattr(module, name, nn.Identity())
-        else:
-            fold_batch_norms(child)
-        previous = name
-
-
-class FusedBlock(nn.Module):
-    """Convolutions in a row, each with its relu; the input, or `shortcut` of it, is added before the last relu.
-
-    On NVIDIA's GPUs from Ampere on a convolution, the addition and the relu are one kernel of cuDNN's.
-
-    Args:
-        convolutions (list of Conv2d). shortcut (Module or None: nothing is added).
+    Returns:
+        nn.Sequential: stages, float (B, 3, S, S) -> (B, D, h, w).
+        dict: dim (D); stride, offset (cell i of the map is centred on pixel stride * i + offset); mean, std (of each
+        channel of the input, which is 0 to 255); top (the first stage that fine-tuning trains).
+    Raises:
+        UserError: an unknown network; weights that cannot be had, or do not fit.
     """
-
-    def __init__(self, convolutions, shortcut=None):
-        super().__init__()
-        self.convolutions, self.shortcut = nn.ModuleList(convolutions), shortcut
-
-    def forward(self, x):
-        added = None if self.shortcut is None else self.shortcut(x)
-        for convolution in self.convolutions[:-1]:
-            x = convolve(convolution, x)
-        return convolve(self.convolutions[-1], x, added)
-
-
-def fused(block):
-    """torchvision's BasicBlock or Bottleneck, its batch norms folded, as a FusedBlock."""
-    convolutions = [module for name, module in block.named_children() if name.startswith("conv")]
-    return FusedBlock(convolutions, nn.Identity() if block.downsample is None else block.downsample)
-
-
-def convolve(convolution, x, added=None):
-    """relu(convolution(x) + added). Args: convolution (Conv2d). x: (N, C, h, w). added: of the result's shape."""
-    if not (x.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)):
-        x = convolution(x)
-        return (x if added is None else x.add_(added)).relu_()
-    arguments = convolution.bias, convolution.stride, convolution.padding, convolution.dilation, convolution.groups
-    if added is None:
-        return torch.cudnn_convolution_relu(x, convolution.weight, *arguments)
-    return torch.cudnn_convolution_add_relu(x, convolution.weight, added, 1.0, *arguments)
-
-
-def load_resnet(name, weights):
-    """torchvision's ResNet with ImageNet weights (V1, the original's), random ones, or those of a file."""
-    if weights == "none":
-        return torchvision.models.get_model(name, weights=None)
-    if weights == "imagenet":
-        imagenet = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-        try:
-            return torchvision.models.get_model(name, weights=imagenet)
-        except (URLError, OSError, RuntimeError) as error:
-            raise UserError(f"the ImageNet weights of {name} cannot be downloaded ({error}): fetch {imagenet.url} "
-                            f"elsewhere and put it into {torch.hub.get_dir()}/checkpoints/, or name a state dict with "
-                            f"--encoder_weights PATH, or train from random weights with --encoder_weights none"
-                            ) from None
-    resnet = torchvision.models.get_model(name, weights=None)
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        state = {"fc.weight": resnet.fc.weight, "fc.bias": resnet.fc.bias, **state}
-        resnet.load_state_dict(state)
-        if not all(tensor.isfinite().all() for tensor in resnet.state_dict().values()):
-            raise ValueError("some of its numbers are not finite")
-    except Exception as error:  # torch.load raises whatever a broken file leads it to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--encoder_weights {weights} is not a state dict of torchvision's {name} ({reason})") from None
-    return resnet
+    resnet = load_resnet(name, weights)
+    return nn.Sequential(*list(resnet.children())[:-2]), dict(
+        dim=resnet.fc.in_features,  # 512 for resnet18 and 34, otherwise 2048
+        stride=32, offset=0,  # halved five times, each time with output i centred on input 2i
+        mean=[255 * x for x in (0.485, 0.456, 0.406)], std=[255 * x for x in (0.229, 0.224, 0.225)],
+        top=5)  # after conv1, bn1, relu, maxpool and layer1
 
 
 class Attention(nn.Module):
-    """Soft attention (section 4.2): an energy for every pixel, a softmax over the pixels, their weighted mean.
+    """Soft attention (section 4.2): an energy per pixel, a softmax over the pixels, their weighted mean.
 
     Args:
         encoder_dim (int): D. decoder_dim (int): H. attention_dim (int): A.
@@ -198,116 +93,25 @@ class Attention(nn.Module):
         self.decoder_att = nn.Linear(decoder_dim, attention_dim)
         self.full_att = nn.Linear(attention_dim, 1)
 
-    def forward(self, pixels, query, captions):
+    def keys(self, a):
+        """What attention needs of the pixels at every step, computed once. Args: a (B, P, D). Returns: (B, P, A)."""
+        return self.encoder_att(a)
+
+    def forward(self, a, keys, h):
         """
         Args:
-            pixels (Pixels): of B pictures.
-            query: decoder_att(h) of n captions, (n, A).
-            captions (Open): which these are.
+            a: annotation vectors, (B, P, D). keys: of these, (B, P, A). h: the LSTM's state, (B, K, H).
         Returns:
-            context z, (n, D), Eq. 13 before its gate; alpha (n, P), which sums to 1.
+            context z, (B, K, D); alpha, float32 (B, K, P), which sums to 1.
         """
-        places, A = len(pixels.keys) * captions.K, query.shape[1]
-        query = query.new_zeros(places, A).index_copy(0, captions.place, query).view(-1, captions.K, A)
-        energy = Energy.apply(pixels.keys, query, self.full_att.weight[0])  # Eq. 4
-        alpha = F.softmax(energy + self.full_att.bias, dim=2)  # Eq. 5
-        context = (alpha @ pixels.pool) @ pixels.grid  # (B, K, P) (P, G) (B, G, D): Eq. 13, sum of alpha times a
-        return context.flatten(0, 1)[captions.place], alpha.flatten(0, 1)[captions.place]
-
-
-class Energy(torch.autograd.Function):
-    """Eq. 4, e = f_att(a, h) = weight . relu(key of a + query of h), without holding its hidden layer (B, K, P, A).
-
-    The backward pass makes the layer again. keys (B, P, A), query (B, K, A), weight (A,) -> energy (B, K, P).
-    """
-
-    @staticmethod
-    def forward(ctx, keys, query, weight):
-        ctx.save_for_backward(keys, query, weight)
-        return without_hidden_layer(energy, keys, query, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return without_hidden_layer(energy_gradient, *ctx.saved_tensors, grad)
-
-
-def energy(keys, query, weight):
-    hidden = torch.relu(keys.unsqueeze(1) + query.unsqueeze(2))
-    return (hidden * weight).sum(dim=3)
-
-
-def energy_gradient(keys, query, weight, grad):
-    before = keys.unsqueeze(1) + query.unsqueeze(2)
-    grad = grad.unsqueeze(3)
-    on_hidden = torch.where(before > 0, grad, 0)
-    return ((on_hidden.sum(dim=1) * weight).to(keys), (on_hidden.sum(dim=2) * weight).to(query),
-            (grad * torch.relu(before)).sum(dim=(0, 1, 2)).to(weight))
-
-
-compiled = {}  # of the two above, or what stands in for it
-
-
-def without_hidden_layer(function, keys, query, *others):
-    """Run energy or its gradient; a large one on a CPU compiled, so that the hidden layer stays in the registers."""
-    with torch.autocast(keys.device.type, enabled=False):
-        if keys.device.type != "cpu" or keys.numel() * query.shape[1] < LARGE:
-            return function(keys, query, *others)
-        if function not in compiled:
-            compiled[function] = torch.compile(function, dynamic=True)
-        try:
-            return compiled[function](keys, query, *others)
-        except Exception as error:  # whatever a machine without a C++ compiler leads it to
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"torch.compile does not work here ({reason:.200}): without it, and the C++ compiler that it "
-                          f"needs, attention on a CPU takes several times as long", stacklevel=2)
-            compiled[function] = function
-            return function(keys, query, *others)
-
-
-class Pixels(NamedTuple):
-    """What the decoder sees of B pictures; the annotation vectors of the paper are a = pool @ grid, (B, P, D)."""
-
-    grid: torch.Tensor  # (B, G, D)
-    pool: torch.Tensor  # (P, G), every row sums to 1
-    keys: torch.Tensor  # encoder_att(a), (B, P, A)
-
-
-class Open(NamedTuple):
-    """Which captions go on at a step."""
-
-    place: torch.Tensor  # int64 (n,): picture * K + place among the picture's captions
-    K: int
-
-
-@functools.cache
-def pool_matrix(height, width, size, device="cpu"):
-    """Adaptive average pooling from height x width cells to size x size as a (size^2, height * width) matrix."""
-    rows = F.adaptive_avg_pool1d(torch.eye(height), size).T  # (size, height)
-    columns = F.adaptive_avg_pool1d(torch.eye(width), size).T
-    return torch.kron(rows, columns).contiguous().to(device)
-
-
-def pixel_positions(image_size, encoded_image_size):
-    """Where the attention's pixels lie in the picture.
-
-    A ResNet halves the picture five times, each time with output i centred on input 2i. So cell i of its grid is
-    centred on pixel 32 i: half a cell further up and left than a map stretched over the whole picture would show it.
-    A pixel of the attention lies in the middle of the cells that pooling makes it of, and these are not evenly spaced.
-
-    Args:
-        image_size (int): S, side of the picture. encoded_image_size (int): side of the square of P pixels.
-    Returns:
-        float array (encoded_image_size,): centres as fractions of the side, the same for rows and columns, ascending;
-        pixels made of the same cells lie at the same place.
-    """
-    cells = torch.arange(math.ceil(image_size / 32), dtype=torch.float64)
-    in_cells = F.adaptive_avg_pool1d(cells[None], encoded_image_size)[0].numpy()
-    return (32 * in_cells + 0.5) / image_size
+        hidden = torch.relu(keys.unsqueeze(1) + self.decoder_att(h).unsqueeze(2))  # (B, K, P, A)
+        e = self.full_att(hidden).squeeze(3)  # Eq. 4: e = f_att(a, h)
+        alpha = torch.softmax(e.float(), dim=2)  # Eq. 5
+        return alpha @ a, alpha  # Eq. 13: z = sum of alpha_i a_i
 
 
 class DecoderWithAttention(nn.Module):
-    """The LSTM that writes a word a step, looking at the picture before each (section 3.1.2).
+    """The LSTM that writes a word per step, looking at the picture before each (section 3.1.2).
 
     Args:
         attention_dim (int): A. embed_dim (int): E. decoder_dim (int): H. vocab_size (int): V. encoder_dim (int): D.
@@ -317,7 +121,7 @@ class DecoderWithAttention(nn.Module):
     def __init__(self, attention_dim, embed_dim, decoder_dim, vocab_size, encoder_dim=2048, dropout=0.5,
                  encoded_image_size=14):
         super().__init__()
-        self.embed_dim, self.encoded_image_size = embed_dim, encoded_image_size
+        self.encoded_image_size = encoded_image_size
         self.attention = Attention(encoder_dim, decoder_dim, attention_dim)
         self.embedding = nn.Embedding(vocab_size, embed_dim)
         self.dropout = nn.Dropout(dropout)
@@ -330,168 +134,91 @@ class DecoderWithAttention(nn.Module):
         self.fc.weight.data.uniform_(-0.1, 0.1)
         self.fc.bias.data.zero_()
 
-    def look(self, grid):
-        """Everything about the pictures that no step changes. Args: grid (B, h, w, D). Returns: Pixels."""
-        pool = pool_matrix(*grid.shape[1:3], self.encoded_image_size, grid.device)
-        grid = grid.flatten(1, 2)
-        attention = self.attention.encoder_att
-        # The rows of pool sum to 1, so the bias may be added after pooling.
-        return Pixels(grid, pool, pool @ F.linear(grid, attention.weight) + attention.bias)
-
-    def init_hidden_state(self, pixels):
-        """h_0 and c_0 from the mean annotation vector (section 3.1.2). Returns: two of (B, H)."""
-        mean = (pixels.pool.mean(dim=0, keepdim=True) @ pixels.grid).squeeze(1)  # (B, D)
-        return self.init_h(mean), self.init_c(mean)
-
-    def word_input(self, words):
-        """The embedded words' part of the LSTM's four gates. Args: words (...) int. Returns: (..., 4H)."""
-        return F.linear(self.embedding(words), self.decode_step.weight_ih[:, :self.embed_dim],
-                        self.decode_step.bias_ih)
-
-    def step_weights(self):
-        """What is multiplied at every step: the three products with h as one, and that with the context.
-
-        Returns:
-            weight (A + D + 4H, H) and bias (A + D + 4H,) of h, weight (4H, D) of the context.
-        """
-        parts = self.attention.decoder_att, self.f_beta
-        return (torch.cat([*(part.weight for part in parts), self.decode_step.weight_hh]),
-                torch.cat([*(part.bias for part in parts), self.decode_step.bias_hh]),
-                self.decode_step.weight_ih[:, self.embed_dim:])
-
-    def step(self, pixels, captions, weights, word_input, h, c):
-        """One time step of n captions.
+    def start(self, grid, K):
+        """What is known before the first word.
 
         Args:
-            pixels (Pixels): of B pictures. captions (Open): which captions of theirs.
-            weights: as of step_weights; the bias may be one for each caption. word_input: (n, 4H). h, c: (n, H).
+            grid: (B, h, w, D), as the encoder gives it. K (int): captions per picture.
         Returns:
-            h, c: (n, H); alpha: (n, P); context: (n, D), after its gate.
+            features: what `step` needs of the pictures, tensors (B, ...); h, c: (B, K, H), equal for all K.
         """
-        if is_fused(pixels) and not torch.is_grad_enabled():
-            out, lengths = kernels.empty_steps(len(h), *pixels, word_input), captions.place.new_ones(len(h))
-            kernels.step(*pixels, self.attention.full_att.weight[0], weights, word_input, h, c, lengths, 0, out)
-            return out.h, out.c, out.alpha, out.context
-        h_weight, h_bias, context_weight = weights
-        a_dim, d_dim = self.attention.decoder_att.out_features, self.f_beta.out_features
-        query, beta, gates = torch.addmm(h_bias, h, h_weight.T).split([a_dim, d_dim, 4 * h.shape[1]], dim=1)
-        context, alpha = self.attention(pixels, query, captions)
-        context = torch.sigmoid(beta) * context  # section 4.2.1: z = beta * sum of alpha a, beta = sigmoid(f_beta(h))
-        gates = torch.addmm(gates + word_input, context, context_weight.T)
-        i, f, g, o = gates.chunk(4, dim=1)  # Eq. 1; PyTorch's order, in which g is the input modulator
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)  # Eq. 2
-        h = torch.sigmoid(o) * torch.tanh(c)  # Eq. 3
-        return h, c, alpha, context
+        a = F.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), self.encoded_image_size)  # (B, D, 14, 14)
+        a = a.flatten(2).transpose(1, 2)  # (B, P, D)
+        mean = a.mean(dim=1)
+        h, c = self.init_h(mean), self.init_c(mean)  # section 3.1.2: f_init of the mean annotation vector
+        return (a, self.attention.keys(a)), *(x.unsqueeze(1).expand(-1, K, -1) for x in (h, c))
+
+    def step(self, features, words, h, c):
+        """One time step.
+
+        Args:
+            features: of `start`. words: the word before, int (B, K). h, c: (B, K, H).
+        Returns:
+            h, c: (B, K, H); alpha: (B, K, P).
+        """
+        z, alpha = self.attention(*features, h)
+        z = torch.sigmoid(self.f_beta(h)) * z  # section 4.2.1: z = beta * sum of alpha_i a_i
+        x = torch.cat([self.embedding(words), z], dim=2)  # (B, K, E + D)
+        h, c = self.decode_step(x.flatten(0, 1), (h.flatten(0, 1), c.flatten(0, 1)))  # Eq. 1-3
+        return h.view(*words.shape, -1), c.view(*words.shape, -1), alpha
 
     def forward(self, grid, captions, caption_lengths):
-        """Teacher forcing: at every step the true word before goes in.
+        """Teacher forcing: the input of every step is the true word before.
 
         Args:
             grid: (B, h, w, D), as the encoder gives it.
-            captions: int64 (B, K, T + 1), <start> first. caption_lengths: int64 (B, K), on the CPU, as the loop's sizes
-                are taken from it; 0 where there is no caption.
+            captions: int64 (B, K, T + 1), <start> first. caption_lengths: int64 (B, K), on the CPU, <start> and <end>
+                counted; 0 where there is no caption.
         Returns:
-            scores (M, V) and targets (M,) of the M real tokens, <end> among them; alphas (B, K, T, P), 0 after a
-            caption's end.
+            scores (M, V) and targets (M,) of the M real tokens, <end> among them; alphas float32 (B, K, T, P), 0 after
+            a caption's end.
         """
-        T, lengths = captions.shape[2] - 1, (caption_lengths - 1).clamp(min=0)
-        token = (torch.arange(T) < lengths.unsqueeze(2)).flatten().nonzero().squeeze(1)  # (M,), which of the (B, K, T)
-        token = to_device(token, grid.device)
-        pixels = self.look(grid)
-        if is_fused(pixels):
-            states, alphas = self.fused_time_loop(pixels, captions[:, :, :-1], lengths, token)
-        else:
-            states, alphas = self.time_loop(pixels, captions[:, :, :-1], lengths)
-        return self.fc(self.dropout(states)), captions[:, :, 1:].flatten()[token], alphas
-
-    def time_loop(self, pixels, words, lengths):
-        """All steps of all captions; those that have ended drop out.
-
-        Args:
-            pixels (Pixels): of B pictures. words: int64 (B, K, T), the true word before each. lengths: int64 (B, K), on
-                the CPU: a caption's steps.
-        Returns:
-            h after every real step, (M, H); alphas (B, K, T, P), 0 after a caption's end.
-        """
-        (B, K, T), device = words.shape, words.device
-        order = lengths.flatten().argsort(descending=True, stable=True)[:int((lengths > 0).sum())]  # the N captions
-        picture = order // K
-        place = picture * K + (picture.unsqueeze(1) == picture).tril(-1).sum(dim=1)
-        real = torch.arange(T).unsqueeze(1) < lengths.flatten()[order]  # (T, N): the first sizes[t] are open at step t
-        sizes, (step, caption) = real.sum(dim=1).tolist(), real.nonzero(as_tuple=True)
-        token = order[caption] * T + step  # in the loop's order
-        back = token.argsort()  # to the captions' order
-        picture, place, token, back = (to_device(x, device) for x in (picture, place, token, back))
-
-        h, c = (state[picture] for state in self.init_hidden_state(pixels))
-        word_input = self.word_input(words.flatten()[token])  # (M, 4H), in autocast's type where that is on
-        h_weight, h_bias, context_weight = (x.to(word_input.dtype) for x in self.step_weights())
-        hs, contexts, states, alphas = [], [], [], []
-        biases = LateGradient.apply(h_bias.expand(len(word_input), -1), h_weight, hs).split(sizes)
-        word_inputs = LateGradient.apply(word_input, context_weight, contexts).split(sizes)
-        h_weight, context_weight = h_weight.detach(), context_weight.detach().contiguous()
-        for n, bias, word_input in zip(sizes, biases, word_inputs):
-            hs.append(h[:n].detach())
-            h, c, alpha, context = self.step(pixels, Open(place[:n], K), (h_weight, bias, context_weight),
-                                             word_input, h[:n], c[:n])
-            contexts.append(context.detach())
+        B, K, T = captions[:, :, 1:].shape
+        features, h, c = self.start(grid, K)
+        states, alphas = [], []
+        for t in range(T):
+            h, c, alpha = self.step(features, captions[:, :, t], h, c)
             states.append(h)
             alphas.append(alpha)
-        alphas = torch.cat(alphas)
-        alphas = alphas.new_zeros(B * K * T, alphas.shape[1]).index_copy(0, token, alphas)
-        return torch.cat(states)[back], alphas.unflatten(0, (B, K, T))
-
-    def fused_time_loop(self, pixels, words, lengths, token):
-        """The same in kernels.py; token is where words are."""
-        B, K, T = words.shape
-        h, c = (state.repeat_interleave(K, dim=0) for state in self.init_hidden_state(pixels))
-        word_input = self.word_input(words.flatten(0, 1).T)  # (T, N, 4H)
-        full_att = self.attention.full_att
-        states, alphas = kernels.TimeLoop.apply(
-            *pixels, full_att.weight[0], full_att.bias, h, c, word_input, *self.step_weights(),
-            to_device(lengths.flatten(), words.device), torch.is_grad_enabled())
-        return states.transpose(0, 1).flatten(0, 1)[token], alphas.transpose(0, 1).unflatten(0, (B, K))
+        real = (torch.arange(T) < caption_lengths.unsqueeze(2) - 1).to(grid.device)  # (B, K, T)
+        states = torch.stack(states, dim=2)[real]  # (M, H)
+        alphas = torch.stack(alphas, dim=2) * real.unsqueeze(3)
+        return self.fc(self.dropout(states)), captions[:, :, 1:][real], alphas
 
 
-def to_device(tensor, device):
-    """A tensor on a device. CUDA copies it while Python goes on; Apple's mps would read what may be freed by then."""
-    return tensor.to(device, non_blocking=device.type == "cuda")
+class Term(NamedTuple):
+    """A number that is summed over batches, reported as a mean and, unless its weight is 0, part of the loss."""
+
+    sum: torch.Tensor  # 0-dim, over the batch
+    per: str  # what it is a mean over: tokens or captions
+    weight: float = 0.0
 
 
-def is_fused(pixels):
-    """Whether the time loop is left to kernels.py: on a GPU, where Triton is."""
-    return kernels is not None and kernels.are_usable(pixels.grid, pixels.pool)
-
-
-class LateGradient(torch.autograd.Function):
-    """The gradient of a weight that every step of the time loop multiplies with, in one product after the loop.
-
-    A step computes base[t] + inputs[t] @ weight.T with the weight detached, so the gradient of its result is that of
-    base[t]. base (M, out), weight (out, in), inputs (list that the loop fills with (n, in), M rows in all) -> base.
-    """
-
-    @staticmethod
-    def forward(ctx, base, weight, inputs):
-        ctx.inputs = inputs
-        return base.view_as(base)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return grad, grad.T @ torch.cat(ctx.inputs).to(grad), None
-
-
-def caption_loss(scores, targets, alphas, caption_lengths):
-    """Both terms of Eq. 14, as sums, so that the parts of a batch can be added up exactly.
+def caption_loss(scores, targets, alphas, caption_lengths, config):
+    """The terms of Eq. 14. A term added here reaches the loss, the screen, the log and the checkpoint by its name.
 
     Args:
         scores, targets, alphas: as DecoderWithAttention.forward gives them. caption_lengths: (B, K).
+        config (Config): alpha_c, lambda of Eq. 14.
     Returns:
-        cross entropy, summed over the real tokens; (1 - sum over time of alpha)^2, averaged over the pixels (so that
-        its weight does not depend on their number) and summed over the real captions.
+        dict: name -> Term. The loss is the sum of weight * sum / number of what it is a mean over.
     """
-    coverage = ((1 - alphas.sum(dim=2)) ** 2).mean(dim=2)  # (B, K)
-    return F.cross_entropy(scores, targets, reduction="sum"), (coverage * (caption_lengths > 0).to(coverage)).sum()
+    has_caption = (caption_lengths > 0).to(alphas.device)  # (B, K)
+    coverage = ((1 - alphas.sum(dim=2)) ** 2).mean(dim=2)  # (B, K); over the pixels, so that P does not weigh in
+    return dict(
+        cross_entropy=Term(F.cross_entropy(scores, targets, reduction="sum"), "tokens", 1.0),  # -log p(y | a)
+        coverage=Term((coverage * has_caption).sum(), "captions", config.alpha_c),
+        top5=Term(top5_hits(scores.detach(), targets), "tokens"))
+
+
+def top5_hits(scores, targets):
+    """How many targets are among the five best-scored words; of equal scores each is as likely to be among them.
+
+    Args: scores (N, V), targets int64 (N,). Returns: 0-dim float; NaN is no hit.
+    """
+    target = scores.gather(1, targets[:, None])
+    places, equal = 5 - (scores > target).sum(dim=1), (scores == target).sum(dim=1)
+    return (torch.minimum(places.clamp(min=0), equal) / equal.clamp(min=1)).sum()
 
 
 class Captions(NamedTuple):
@@ -507,8 +234,8 @@ class Captions(NamedTuple):
 def beam_search(decoder, grid, beam_size, max_len, word_map):
     """The most probable caption of each picture, by beam search over all pictures at once.
 
-    As in the original a beam that ends leaves the search, the others go on with one beam less, and the best that
-    ended wins by its plain sum of log-probabilities. Scores only fall, so a picture is finished as soon as no open
+    As in the original a beam that ends leaves the search, the others continue with one beam less, and the best that
+    ended wins by its plain sum of log-probabilities. Scores only fall, so a picture is finished as soon as no active
     beam is better than its best ended one. Of equal scores the first counts: the lower beam, then the lower word.
 
     Args:
@@ -517,81 +244,95 @@ def beam_search(decoder, grid, beam_size, max_len, word_map):
     Returns:
         Captions
     """
-    B, K, V, T = len(grid), beam_size, len(word_map), max_len + 1
-    pixels, weights = decoder.look(grid), decoder.step_weights()
-    h, c = (state.unsqueeze(1).expand(-1, K, -1) for state in decoder.init_hidden_state(pixels))  # (B, K, H)
-    never = torch.tensor([word_map[PAD], word_map[START], word_map[UNK]], device=grid.device)
-    word = torch.full((B, K), word_map[START], device=grid.device)
-    score = grid.new_full((B, K), -torch.inf)
+    B, K, V, T, device = len(grid), beam_size, len(word_map), max_len + 1, grid.device
+    never = torch.tensor([word_map[PAD], word_map[START], word_map[UNK]], device=device)
+    features, h, c = decoder.start(grid, K)
+    word = torch.full((B, K), word_map[START], device=device)
+    score = torch.full((B, K), -torch.inf, device=device)
     score[:, 0] = 0  # all beams begin alike, so one of them is enough
-    seats = torch.full((B,), K, device=grid.device)  # beams that have not ended
-    todo = torch.arange(B, device=grid.device)  # pictures not finished
-
-    words, parents = (torch.zeros(B, T, K, dtype=torch.long, device=grid.device) for _ in range(2))
-    alphas = grid.new_zeros(B, T, K, pixels.pool.shape[0])
-    # Of each picture: the best beam's score, whether it ended, at which step and as which of the K.
-    best = score.new_full((B,), -torch.inf)
-    ended = torch.zeros(B, dtype=torch.bool, device=grid.device)
-    last, beam = torch.zeros_like(todo), torch.zeros_like(todo)
+    seats = torch.full((B,), K, device=device)  # beams that have not ended
+    active = torch.arange(B, device=device)  # pictures that are not finished
+    P = decoder.encoded_image_size ** 2
+    words, alphas = word.new_empty(B, K, 0), score.new_empty(B, K, 0, P)  # of each beam so far, (b, K, t, ...)
+    best = score.new_full((B,), -torch.inf)  # of each picture the best caption's score, and what it is
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    out, out_alphas = word.new_full((B, T), word_map[PAD]), score.new_zeros(B, T, P)
 
     for t in range(T):
-        beams = Open(torch.arange(len(todo) * K, device=grid.device), K)
-        h, c, alpha, _ = decoder.step(pixels, beams, weights, decoder.word_input(word.flatten()), h.flatten(0, 1),
-                                      c.flatten(0, 1))
-        h, c, alpha = (x.unflatten(0, (-1, K)) for x in (h, c, alpha))
-        log_p = F.log_softmax(decoder.fc(h), dim=2).index_fill_(2, never, -torch.inf)  # (b, K, V)
+        h, c, alpha = decoder.step(features, word, h, c)
+        log_p = F.log_softmax(decoder.fc(h).float(), dim=2).index_fill(2, never, -torch.inf)  # (b, K, V)
         score, index = first_largest((score.unsqueeze(2) + log_p).flatten(1), K)  # (b, K)
-        parent, word = index // V, index % V
-        words[todo, t], parents[todo, t], alphas[todo, t] = word, parent, alpha
+        rows, parent, word = torch.arange(len(h), device=device).unsqueeze(1), index // V, index % V
+        h, c = h[rows, parent], c[rows, parent]
+        words = torch.cat([words[rows, parent], word.unsqueeze(2)], dim=2)
+        alphas = torch.cat([alphas, alpha.unsqueeze(2)], dim=2)[rows, parent]  # a word's attention is its parent's
 
-        taken = torch.arange(K, device=grid.device) < seats.unsqueeze(1)
-        ends = taken & (word == word_map[END]) & score.isfinite()
-        seats = seats - ends.sum(dim=1)
-        top, which = score.masked_fill(~ends, -torch.inf).max(dim=1)
-        better = top > best[todo]
-        now = todo[better]
-        best[now], ended[now], last[now], beam[now] = top[better], True, t, which[better]
-
-        score = score.masked_fill(ends | ~taken, -torch.inf)
-        top, which = score.max(dim=1)
-        open_ = (top > best[todo]) & (seats > 0)
+        is_beam = torch.arange(K, device=device) < seats.unsqueeze(1)
+        ends = is_beam & (word == word_map[END]) & score.isfinite()
+        open_score = score.masked_fill(ends | ~is_beam, -torch.inf)
+        # The best that has ended; at the last step, of a picture without any, the best that has not.
+        candidates = score.masked_fill(~ends, -torch.inf)
         if t == T - 1:
-            unfinished = open_ & ~ended[todo]
-            now = todo[unfinished]
-            best[now], last[now], beam[now] = top[unfinished], t, which[unfinished]
-        elif not open_.all():
-            todo, seats = todo[open_], seats[open_]
-            pixels = Pixels(pixels.grid[open_], pixels.pool, pixels.keys[open_])
-            h, c, word, score, parent = h[open_], c[open_], word[open_], score[open_], parent[open_]
-        if not len(todo):
-            break
-        parent = parent.unsqueeze(2).expand_as(h)
-        h, c = h.gather(1, parent), c.gather(1, parent)
+            candidates = torch.where((ended[active] | ends.any(dim=1)).unsqueeze(1), candidates, open_score)
+        top, which = candidates.max(dim=1)
+        better = top > best[active]
+        now, which = active[better], which[better]
+        best[now], ended[now] = top[better], ends[better, which]
+        out[now, :t + 1], out_alphas[now, :t + 1] = words[better, which], alphas[better, which]
 
-    # Back from each winner's last word to its first. The attention of a word was worked out by its parent beam.
-    rows = torch.arange(B, device=grid.device)
-    out = torch.full((B, T), word_map[PAD], device=grid.device)
-    out_alphas = grid.new_zeros(B, T, pixels.pool.shape[0])
-    for t in reversed(range(T)):
-        on = t <= last
-        out[on, t] = words[rows[on], t, beam[on]]
-        beam = torch.where(on, parents[rows, t, beam], beam)
-        out_alphas[on, t] = alphas[rows[on], t, beam[on]]
+        score, seats = open_score, seats - ends.sum(dim=1)
+        searched = (score.max(dim=1).values > best[active]) & (seats > 0)
+        if not searched.any():
+            break
+        if not searched.all():
+            features = [x[searched] for x in features]
+            active, seats, h, c, word, score, words, alphas = (
+                x[searched] for x in (active, seats, h, c, word, score, words, alphas))
     return Captions(out, best, ended, out_alphas)
 
 
 def first_largest(values, k):
     """The k largest of each row, largest first; of equal ones the first. torch.topk promises no order among equals.
 
-    Args:
-        values: (n, m), k <= m.
-    Returns:
-        values (n, k), indices (n, k).
+    Args: values (n, m), k <= m. Returns: values (n, k), indices (n, k).
     """
     top, index = values.topk(min(k + 1, values.shape[1]), dim=1)
     if (top[:, 1:] == top[:, :-1]).any():
         top, index = values.sort(dim=1, descending=True, stable=True)
     return top[:, :k], index[:, :k]
+
+
+def generate(decoder, grid, word_map, max_len, beam_size):
+    """Caption a batch of pictures.
+
+    Args:
+        decoder (DecoderWithAttention), in eval mode. grid: (B, h, w, D). word_map (dict). max_len, beam_size (int).
+    Returns:
+        list of dict: words (list of str), score (float: sum of log-probabilities), ended (bool), alphas (float32 array
+        (len(words), s, s): the attention at each word).
+    """
+    found, words_by_id = beam_search(decoder, grid, beam_size, max_len, word_map), word_list(word_map)
+    captions = []
+    for ids, score, ended, alphas in zip(found.words.tolist(), found.scores.tolist(), found.ended.tolist(),
+                                         found.alphas.float().cpu()):
+        words = decode_caption(ids, words_by_id)
+        alphas = alphas[:len(words)].unflatten(1, (decoder.encoded_image_size, -1))
+        captions.append(dict(words=words, score=score, ended=ended, alphas=alphas.numpy()))
+    return captions
+
+
+def pixel_positions(encoder, image_size, encoded_image_size):
+    """Where the attention's pixels lie in the picture: each at the centre of the cells that are pooled into it.
+
+    Args:
+        encoder (Encoder): its stride and offset. image_size (int): S, side of the picture.
+        encoded_image_size (int): side of the square of P pixels.
+    Returns:
+        float array (encoded_image_size,): centres as fractions of the side, the same for rows and columns.
+    """
+    cells = torch.arange(-(-image_size // encoder.stride), dtype=torch.float64)
+    pixels = F.adaptive_avg_pool1d(encoder.stride * cells[None] + encoder.offset, encoded_image_size)[0]
+    return ((pixels + 0.5) / image_size).numpy()
 
 
 def build_models(config, vocab_size, encoder_weights=None):
@@ -603,10 +344,33 @@ def build_models(config, vocab_size, encoder_weights=None):
     Returns:
         Encoder, DecoderWithAttention
     """
-    weights = encoder_weights or config.encoder_weights
-    encoder = Encoder(config.encoder, weights)
+    encoder = Encoder(config.encoder, encoder_weights or config.encoder_weights)
     decoder = DecoderWithAttention(config.attention_dim, config.emb_dim, config.decoder_dim, vocab_size, encoder.dim,
                                    config.dropout, config.encoded_image_size)
     if config.fine_tune_encoder:
         encoder.fine_tune("all" if config.encoder_weights == "none" else "top")
     return encoder, decoder
+
+
+def load_resnet(name, weights):
+    """torchvision's ResNet with ImageNet weights (V1, the original's), random ones, or those of a file."""
+    if name not in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
+        raise UserError(f"--encoder must be resnet18, resnet34, resnet50, resnet101 or resnet152, not {name!r}")
+    imagenet = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    try:
+        resnet = torchvision.models.get_model(name, weights=imagenet if weights == "imagenet" else None)
+    except (URLError, OSError, RuntimeError) as error:
+        raise UserError(f"the ImageNet weights of {name} cannot be downloaded ({error}): fetch {imagenet.url} "
+                        f"elsewhere and put it into {torch.hub.get_dir()}/checkpoints/, or name a state dict with "
+                        f"--encoder_weights PATH, or train from random weights with --encoder_weights none") from None
+    if weights not in ("imagenet", "none"):
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+            resnet.load_state_dict({"fc.weight": resnet.fc.weight, "fc.bias": resnet.fc.bias, **state})
+            if not all(tensor.isfinite().all() for tensor in resnet.state_dict().values()):
+                raise ValueError("some of its numbers are not finite")
+        except Exception as error:  # torch.load raises whatever a broken file leads it to
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"--encoder_weights {weights} is not a state dict of torchvision's {name} ({reason})"
+                            ) from None
+    return resnet

@@ -1,8 +1,8 @@
-"""The plain implementation: the paper's equations, one example a caption, nothing shared and nothing rearranged.
+"""The naive implementation: the paper's equations, one example per caption, nothing shared and nothing rearranged.
 
-Every caption encodes its picture again, every pixel goes through all of the attention at every time step, and beam
-search takes one picture at a time. It is what models.py must equal, in loss, gradients and captions, and what its
-speed is measured against. The parameters have the same names, so one state dict serves both.
+Every caption encodes its picture again, all of the attention is computed at every time step, and beam search takes one
+picture at a time. models.py must equal it in loss, gradients and captions, and speed is measured against it. Parameters
+have the same names, so one state dict serves both.
 """
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,6 @@ import torchvision
 from torch import nn
 
 from datasets import END, PAD, START, UNK
-from models import IMAGENET_MEAN, IMAGENET_STD
 
 
 class Encoder(nn.Module):
@@ -22,8 +21,8 @@ class Encoder(nn.Module):
         self.adaptive_pool = nn.AdaptiveAvgPool2d(encoded_image_size)
 
     def forward(self, images):
-        x = images.permute(0, 3, 1, 2).float() / 255
-        x = torchvision.transforms.functional.normalize(x, IMAGENET_MEAN, IMAGENET_STD)
+        x = torchvision.transforms.functional.normalize(images.permute(0, 3, 1, 2).float() / 255,
+                                                        (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         return self.adaptive_pool(self.resnet(x)).permute(0, 2, 3, 1)
 
 
@@ -43,7 +42,7 @@ class Attention(nn.Module):
 
 
 class DecoderWithAttention(nn.Module):
-    """Sections 3.1.2 and 4.2.1; one example a caption."""
+    """Sections 3.1.2 and 4.2.1; one example per caption."""
 
     def __init__(self, attention_dim, embed_dim, decoder_dim, vocab_size, encoder_dim=2048, dropout=0.5):
         super().__init__()
@@ -62,17 +61,17 @@ class DecoderWithAttention(nn.Module):
         return a, self.init_h(a.mean(dim=1)), self.init_c(a.mean(dim=1))
 
     def step(self, a, words, h, c):
-        """One word: words int (N,) -> h, c (N, H), alpha (N, P)."""
+        """One time step: words int (N,) -> h, c (N, H), alpha (N, P)."""
         context, alpha = self.attention(a, h)
         context = torch.sigmoid(self.f_beta(h)) * context
         h, c = self.decode_step(torch.cat([self.embedding(words), context], dim=1), (h, c))
         return h, c, alpha
 
     def forward(self, encoder_out, captions, lengths):
-        """Teacher forcing of N captions, longest first, so that those that have ended drop out of the later steps.
+        """Teacher forcing of N captions, sorted by length, so that those that have ended drop out of later steps.
 
         encoder_out (N, s, s, D), captions int64 (N, L), lengths int64 (N,) with <start> and <end> ->
-        scores (N, T, V), alphas (N, T, P), both 0 after the end.
+        scores (N, T, V), alphas (N, T, P), both 0 after a caption's end.
         """
         lengths, order = (lengths - 1).sort(descending=True)
         a, h, c = self.start(encoder_out[order])

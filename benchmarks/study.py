@@ -1,13 +1,13 @@
-"""What the model learns, beside what it must be compared with: the same by reference.py, and captions of no model.
+"""What the model learns, next to what it must be compared with: reference.py trained alike, and captions of no model.
 
-    python benchmarks/study.py reference --preset flickr8k_cn --fine_tune_encoder true   # train.py's flags, all of them
+    python benchmarks/study.py reference --preset flickr8k_cn --fine_tune_encoder true   # takes all flags of train.py
     python benchmarks/study.py baselines --preset flickr8k_cn --results baselines.json
     python benchmarks/study.py curves curves.png logs/*/*/log.jsonl
 
-`reference` is train.py, but with a training step of reference.py in float32: the same initial weights, batches, losses,
-updates, rates and dropout (whose numbers fall elsewhere), validation and checkpoints, which eval.py and demo.py read.
-The images/s in an epoch's line are of its training steps. `baselines` scores captions that do not look at the picture,
-as eval.py does. `curves` draws the validation scores, greedy, of runs, named by the folders that hold them.
+`reference` is train.py with the training step of reference.py, in float32: the same initial weights, batches, losses,
+updates, learning rates and dropout (with other masks), validation, and checkpoints that eval.py and demo.py read. The
+images/s of an epoch are those of its training steps. `baselines` scores captions that ignore the picture, as eval.py
+does. `curves` plots validation scores (greedy) of several runs; each is named by the folder that holds its log.
 """
 import collections
 import json
@@ -21,17 +21,17 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scripts are
 
+import checkpoint  # noqa: E402
 import train  # noqa: E402
-import utils  # noqa: E402
 from benchmarks import reference  # noqa: E402
-from config import UserError, get_config, parse_args, run  # noqa: E402
-from datasets import CaptionDataset, load_word_map, write_text  # noqa: E402
-from eval import tokenize_references  # noqa: E402
+from config import get_config, parse_args  # noqa: E402
+from datasets import CaptionDataset, load_word_map, tokenize_references  # noqa: E402
 from models import build_models  # noqa: E402
 from scores import score  # noqa: E402
+from utils import UserError, run, write_text  # noqa: E402
 
 DRAWS = 5  # of random captions
-CANDIDATES, PICTURES = 50, 500  # the one caption for all is among the most frequent, the best for so many pictures
+CANDIDATES, PICTURES = 50, 500  # the single best caption is sought among the most frequent, on so many pictures
 
 
 def main():
@@ -43,34 +43,34 @@ def main():
 
 
 def train_reference(argv):
-    sys.argv = [f"{sys.argv[0]} reference", "--precision", "float32", *argv]
-    train.build_models = utils.build_models = build_plain
+    sys.argv = [f"{sys.argv[0]} reference", "--precision", "float32", "--fast", "false", *argv]
+    train.build_models = checkpoint.build_models = build_plain
     train.main()
 
 
 def build_plain(config, vocab_size, encoder_weights=None):
-    """As models.build_models: the same modules and initial weights, but in training reference.py works with them."""
+    """As models.build_models, with the same modules and initial weights, but reference.py runs them in training."""
     if not config.fine_tune_encoder:
         raise UserError("the reference is trained with its encoder: give --fine_tune_encoder true")
     encoder, decoder = build_models(config, vocab_size, encoder_weights)
     plain_encoder = reference.Encoder(config.encoder, config.encoded_image_size)
-    plain_encoder.resnet = encoder.resnet.to(memory_format=torch.contiguous_format)
+    plain_encoder.resnet = encoder.resnet
     plain_decoder = reference.DecoderWithAttention(config.attention_dim, config.emb_dim, config.decoder_dim,
                                                    vocab_size, encoder.dim, config.dropout)
     for plain, ours in ((plain_decoder, decoder), (plain_decoder.attention, decoder.attention)):
         for name, child in ours.named_children():
             if name != "attention":
                 setattr(plain, name, child)
-    fast_encoder, fast_decoder = encoder.forward, decoder.forward
+    written_encoder, written_decoder = encoder.forward, decoder.forward
 
     def encode(images):
         if not encoder.training:
-            return fast_encoder(images)
+            return written_encoder(images)
         return plain_encoder(images.repeat_interleave(config.captions_per_image, 0))
 
     def decode(grid, captions, caption_lengths):
         if not decoder.training:
-            return fast_decoder(grid, captions, caption_lengths)
+            return written_decoder(grid, captions, caption_lengths)
         examples, lengths = captions.flatten(0, 1), caption_lengths.flatten()
         scores, alphas = plain_decoder(grid, examples, lengths.to(grid.device))
         real = torch.arange(scores.shape[1]) < (lengths - 1).unsqueeze(1)
@@ -81,7 +81,7 @@ def build_plain(config, vocab_size, encoder_weights=None):
 
 
 def baselines(argv):
-    """Captions of the training set given to validation pictures: drawn at random, and one for all."""
+    """Score training captions on the validation pictures: random ones, and the same one for every picture."""
     args = parse_args(__doc__, {"results": dict(metavar="FILE", help="where the scores go")}, argv)
     config = get_config(args.preset, args.flags)
     word_map = load_word_map(config.data_dir)
@@ -105,9 +105,9 @@ def baselines(argv):
 
 
 def curves(argv):
-    """Args: the picture to write, then the log.jsonl files. Of logs/NAME/RUN/log.jsonl the curve is called NAME."""
+    """Args: the plot to write, then log.jsonl files; the curve of logs/NAME/RUN/log.jsonl is labelled NAME."""
     if len(argv) < 2:
-        raise UserError("study.py curves takes the picture to write, then log.jsonl files")
+        raise UserError("study.py curves takes the plot to write, then log.jsonl files")
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     axes = figure.subplots(1, 3)
     for number, path in enumerate(map(Path, argv[1:])):

@@ -22,8 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where config.py is
 
-from config import UserError, fail, run  # noqa: E402
+from config import fail  # noqa: E402
 from pre_process import SPLITS, is_file_name  # noqa: E402
+from utils import UserError, run  # noqa: E402
 
 PICTURES, CAPTIONS = "Flicker8k_Dataset", "flickr8kzhc.caption.txt"
 LISTS = {"train": "flickr8ktrain.txt", "valid": "flickr8kval.txt", "test_a": "flickr8ktest.txt"}
@@ -56,7 +57,7 @@ def read_captions(path):
         match = re.fullmatch(r"(\S+\.jpg)#zhc#([0-9]{1,4})(?:\s+(.*))?", line)
         if not match or not is_file_name(match[1]):
             raise UserError(f"{path}, line {number}: {line[:60]!r} is not of the form 'ID.jpg#zhc#NUMBER SENTENCE'; "
-                            f"mend or remove the line, or get the file again")
+                            f"correct or remove the line, or get the file again")
         sentences = captions.setdefault(match[1], {})
         if int(match[2]) in sentences:
             raise UserError(f"{path}, line {number}: sentence {match[2]} of {match[1]} is there a second time; remove "
@@ -67,7 +68,7 @@ def read_captions(path):
 
 def read_list(path):
     """
-    Reads one picture's id a line.
+    Reads one picture's id per line.
 
     Returns ([file name, each once], [file names listed again]). Raises UserError that names the line.
     """
@@ -75,8 +76,8 @@ def read_list(path):
     for number, line in read_lines(path):
         name = line.removesuffix(".jpg") + ".jpg"
         if re.search(r"\s", name) or not is_file_name(name):
-            raise UserError(f"{path}, line {number}: {line[:60]!r} is not a picture's id; mend or remove the line, or "
-                            f"get the file again")
+            raise UserError(f"{path}, line {number}: {line[:60]!r} is not a picture's id; correct or remove the line, "
+                            f"or get the file again")
         if name in names:
             again.append(name)
         names[name] = None

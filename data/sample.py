@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where config.py is
 
-from config import UserError, replacing, run  # noqa: E402
+from config import fail  # noqa: E402
+from utils import UserError, replacing, run  # noqa: E402
 
 SPLITS = {"train": ("train", "20170902"), "valid": ("validation", "20170910"), "test_a": ("test_a", "20180103")}
 ZOOM = 2  # drawn this much too large and then shrunk: Pillow's own edges are jagged
@@ -431,7 +432,7 @@ def attention_peak_hits(words, alphas, positions, scene):
     Returns (hits, total, chance): of `total` words naming a thing of the scene, `hits` had the centre of their
     strongest cell inside its box, and cells picked at random would have had `chance` hits (a float). Where pooling
     made several cells equal, the peak is the middle of the strongest ones.
-    Raises ValueError if alphas is not one map a word.
+    Raises ValueError unless alphas is one map per word.
     """
     alphas, positions = np.asarray(alphas), np.asarray(positions)
     if alphas.shape != (len(words), len(positions), len(positions)):
@@ -566,9 +567,6 @@ def _write_split(pool, out, split, count, seed, size):
 
 
 def main():
-    def fail(message):
-        raise UserError(message)
-
     parser = argparse.ArgumentParser(description="Draw the sample set.", allow_abbrev=False)
     parser.error = fail
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "sample", metavar="DIR")

@@ -7,20 +7,23 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import NOT_BEGUN
+from conftest import files_under
 from fontTools.ttLib import TTFont
 from matplotlib.figure import Figure
 from PIL import Image
 
 import demo
-from config import Config, UserError
-from datasets import END, PAD, START, UNK
+from checkpoint import CHECKPOINT_VERSION, save_checkpoint
+from config import Config
+from datasets import END, PAD, START, UNK, open_picture
 from models import build_models, pixel_positions
-from utils import CHECKPOINT_VERSION, save_checkpoint
+from utils import UserError
+from visualize import TEMPLATE, draw_attention, html_page, page_entry
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!--{{DATA}}"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -28,7 +31,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A model of random weights that writes a hostile word over and over, and never ends."""
+    """The path of a model of random weights that writes a hostile word over and over, and never ends."""
     config = Config(image_size=64, encoder="resnet18", encoder_weights="none", encoded_image_size=4, emb_dim=8,
                     attention_dim=8, decoder_dim=8, max_len=3, device="cpu")
     word_map = {PAD: 0, HOSTILE: 1, "小狗": 2, UNK: 3, START: 4, END: 5}
@@ -37,15 +40,15 @@ def checkpoint(tmp_path_factory):
     decoder.fc.bias.data[1] = 9
     decoder.attention.full_att.weight.data *= 50  # for an attention that is not even
     path = tmp_path_factory.mktemp("hostile") / "hostile.pth.tar"
-    save_checkpoint(dict(version=CHECKPOINT_VERSION, config=dataclasses.asdict(config), word_map=word_map,
-                         encoder=encoder.state_dict(), decoder=decoder.state_dict(), **{**NOT_BEGUN, "epoch": 7}), path)
+    save_checkpoint(dict(version=CHECKPOINT_VERSION, config=dataclasses.asdict(config), word_map=word_map, epoch=7,
+                         encoder=encoder.state_dict(), decoder=decoder.state_dict(), progress=None, optimizers={},
+                         world_size=1), path)
     return path
 
 
 @pytest.fixture
 def run_demo(checkpoint, tmp_path, monkeypatch):
-    """Runs demo.py over tmp_path/photos, without its figures. Returns: function of the page's path, which gives the
-    arguments of every call of draw_attention."""
+    """A function that runs demo.py on tmp_path/photos; it gives the arguments of every call of draw_attention."""
     def run(page):
         drawn = []
         monkeypatch.setattr(demo, "draw_attention", lambda *args: drawn.append(args) or Figure((1, 1)))
@@ -55,6 +58,9 @@ def run_demo(checkpoint, tmp_path, monkeypatch):
         return drawn
     (tmp_path / "photos").mkdir()
     return run
+
+
+RESNET = SimpleNamespace(stride=32, offset=0)  # all that pixel_positions reads of an encoder
 
 
 class Page(HTMLParser):
@@ -74,36 +80,28 @@ class Page(HTMLParser):
             self.data = json.loads(data)
 
 
-def test_the_page_holds_what_the_figures_show(run_demo, tmp_path):
-    """Captions and attention are those that draw_attention is given, to the 255th part of the strongest."""
-    for name, size in (("a.png", (90, 30)), ("b.png", (20, 40))):
+def test_the_page_holds_what_the_figures_show_and_takes_no_text_for_html(run_demo, tmp_path):
+    """Captions and attention are those that draw_attention is given, to the 255th part of the maximum."""
+    names = ["\"><img src=x>&amp;.png", "<!--.png", "<script>alert(1).png"]
+    for name, size in zip(names, [(90, 30), (20, 40), (8, 8)]):
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
                         ).save(tmp_path / "photos" / name)
     drawn = run_demo(tmp_path / "new" / "page.html")
-    data = Page((tmp_path / "new" / "page.html").read_text(encoding="utf-8")).data
-    assert [picture["name"] for picture in data["pictures"]] == ["a.png", "b.png"]
-    assert [picture["size"] for picture in data["pictures"]] == [[90, 30], [20, 40]]
-    assert "resnet18" in data["model"] and "epoch 7" in data["model"]
-    assert data["positions"] == pixel_positions(64, 4).tolist()
-    for (_, words, alphas, _), picture in zip(drawn, data["pictures"], strict=True):
+    text = (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
+    page, template = Page(text), Page(TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", "{}"))
+    assert page.tags == template.tags, "text became HTML"
+    assert [picture["name"] for picture in page.data["pictures"]] == names
+    assert [picture["size"] for picture in page.data["pictures"]] == [[90, 30], [20, 40], [8, 8]]
+    assert "resnet18" in page.data["model"] and "epoch 7" in page.data["model"]
+    assert page.data["positions"] == pixel_positions(RESNET, 64, 4).tolist()
+    for (_, words, alphas, _), picture in zip(drawn, page.data["pictures"], strict=True):
         assert picture["words"] == words == [HOSTILE] * 4
         assert float(picture["score"]) < 0 and picture["ended"] is False
         shown = np.array([list(base64.b64decode(grid)) for grid in picture["alphas"]]).reshape(-1, 4, 4)
         peaks = alphas.max(axis=(1, 2), keepdims=True)
-        assert np.ptp(alphas / peaks) > 0.1, "the test needs an attention that is not even"
+        assert np.ptp(alphas / peaks) > 0.1, "the test needs an attention that is not uniform"
         assert np.abs(shown / 255 - alphas / peaks).max() < 0.51 / 255
-
-
-def test_the_page_asks_for_nothing_and_takes_no_text_for_html(run_demo, tmp_path):
-    names = ["<script>alert(1).png", "\"><img src=x>&amp;.png", "<!--.png"]
-    for name in names:
-        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name)
-    run_demo(tmp_path / "page.html")
-    text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    page, template = Page(text), Page(demo.TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", "{}"))
-    assert page.tags == template.tags, "text became HTML"
-    assert sorted(picture["name"] for picture in page.data["pictures"]) == sorted(names)
-    assert page.data["pictures"][0]["words"][0] == HOSTILE
+    # It requests nothing from anywhere.
     policy, = (attributes["content"] for tag, attributes in page.tags
                if attributes.get("http-equiv") == "Content-Security-Policy")
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
@@ -114,23 +112,23 @@ def test_the_page_asks_for_nothing_and_takes_no_text_for_html(run_demo, tmp_path
 
 
 def test_the_page_brings_every_character_that_it_shows(monkeypatch):
-    """A machine without a Chinese font shows no empty boxes; and the same pictures give the same page."""
+    """A machine without a Chinese font shows no empty boxes, and the same pictures give the same page."""
     caption, positions, _ = peaks(32, 2)
     caption["words"] = ["一辆", "龘龘"]
     model, names = "编码器 · epoch 7", ["假日 – 北京.jpg", "日本の한국.png"]
     # What no font has, and a name that is no UTF-8, are left as they are.
-    entries = [demo.page_entry(name, Image.new("RGB", (8, 8)), caption) for name in (*names, "\ue123 \udcff.jpg")]
-    text = demo.html_page(model, positions, entries)
+    entries = [page_entry(name, Image.new("RGB", (8, 8)), caption) for name in (*names, "\ue123 \udcff.jpg")]
+    text = html_page(model, positions, entries)
     font, = re.findall(r"url\(data:font/woff;base64,([\w+/=]+)\)", text)
     assert len(font) < 60_000
     characters = TTFont(io.BytesIO(base64.b64decode(font))).getBestCmap().keys()
-    shown = demo.TEMPLATE.read_text(encoding="utf-8") + "".join([model, *names, *caption["words"]])
+    shown = TEMPLATE.read_text(encoding="utf-8") + "".join([model, *names, *caption["words"]])
     assert not {character for character in shown if not character.isascii() and ord(character) not in characters}
     family, = re.findall(r"@font-face {[^}]*font-family: ([^;]+);", text)
     fonts = re.findall(r"\bfont(?:-family)?: ([^;}]*)", re.sub("@font-face {[^}]*}", "", text))
     assert fonts and all(font == "inherit" or f" {family}," in font for font in fonts)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")  # what fontTools takes for the time
-    assert demo.html_page(model, positions, entries) == text
+    assert html_page(model, positions, entries) == text
 
 
 def peaks(image_size, encoded_image_size):
@@ -139,7 +137,7 @@ def peaks(image_size, encoded_image_size):
     Returns:
         dict: of generate. positions: float array (s,). places: float array (s, 2), of the peaks, across and down.
     """
-    positions = pixel_positions(image_size, encoded_image_size)
+    positions = pixel_positions(RESNET, image_size, encoded_image_size)
     alphas = np.array([np.outer(positions == y, positions == x) for y, x in zip(positions, positions[::-1])], float)
     caption = dict(words=["词"] * len(positions), alphas=alphas + 0.01, score=-1.0, ended=True)
     return caption, positions, np.stack([positions[::-1], positions], axis=1)
@@ -148,14 +146,13 @@ def peaks(image_size, encoded_image_size):
 @pytest.mark.parametrize("settings", [(256, 14), (64, 5), (160, 5)], ids="{0[0]} to {0[1]}".format)
 def test_a_figure_shows_attention_where_it_lies(settings):
     caption, positions, places = peaks(*settings)
-    size = 120, 80
-    figure = demo.draw_attention(Image.new("RGB", size), caption["words"], caption["alphas"], positions)
-    for axis, place in zip(figure.axes[1:], places):
-        heat, (left, right, bottom, top) = axis.images[-1].get_array(), axis.images[-1].get_extent()
-        row, column = np.unravel_index(heat.argmax(), heat.shape)
-        found = (left + (column + 0.5) / heat.shape[1] * (right - left),
-                 top + (row + 0.5) / heat.shape[0] * (bottom - top))
-        assert np.divide(found, size) == pytest.approx(place, abs=0.01)
+    figure = draw_attention(Image.new("RGB", (120, 80)), caption["words"], caption["alphas"], positions)
+    _, *drawn = figure.axes[0].images
+    assert len({tuple(picture.get_extent()) for picture in drawn}) == len(places) == len(drawn) / 2
+    for gray, heat, place in zip(drawn[::2], drawn[1::2], places):
+        assert gray.get_extent() == heat.get_extent()
+        peak = np.unravel_index(heat.get_array().argmax(), heat.get_array().shape)
+        assert (np.array(peak[::-1]) + 0.5) / heat.get_array().shape == pytest.approx(place, abs=0.01)
 
 
 IN_THE_PAGE = """
@@ -179,8 +176,8 @@ onload = async () => {
 @pytest.mark.skipif(not BROWSER, reason="no Chromium here")
 def test_a_browser_shows_attention_where_it_lies_and_takes_the_font(tmp_path):
     caption, positions, places = peaks(256, 14)
-    entry = demo.page_entry("a.jpg", Image.new("RGB", (120, 80)), caption)
-    page = demo.html_page("model", positions, [entry]) + IN_THE_PAGE
+    entry = page_entry("a.jpg", Image.new("RGB", (120, 80)), caption)
+    page = html_page("model", positions, [entry]) + IN_THE_PAGE
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
     flags = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
              "disable-component-update", "disable-sync", f"user-data-dir={tmp_path / 'user'}",
@@ -192,34 +189,30 @@ def test_a_browser_shows_attention_where_it_lies_and_takes_the_font(tmp_path):
     assert found["fonts"] == ["loaded"]
 
 
-def test_the_page_tells_pixels_only_and_few(tmp_path):
-    """A photograph's notes, such as where it was taken, stay with its owner."""
+def test_the_page_has_small_pictures_without_exif_data(tmp_path):
     exif = Image.Exif()
     exif[0x010E] = "SECRET"
     Image.new("RGB", (1500, 1000), "red").save(tmp_path / "a.jpg", exif=exif, comment=b"SECRET")
     assert b"SECRET" in (tmp_path / "a.jpg").read_bytes()
     caption = dict(words=[], alphas=np.zeros((0, 4, 4), np.float32), score=-1.0, ended=True)
-    entry = demo.page_entry("a.jpg", demo.open_picture(tmp_path / "a.jpg"), caption)
+    entry = page_entry("a.jpg", open_picture(tmp_path / "a.jpg"), caption)
     (tmp_path / "page.jpg").write_bytes(base64.b64decode(entry["jpeg"]))
-    with Image.open(tmp_path / "page.jpg") as picture:
-        assert picture.size == tuple(entry["size"]) == (640, 427)
-        assert np.abs(np.asarray(picture.convert("RGB")).astype(int) - [255, 0, 0]).max() < 5
+    assert Image.open(tmp_path / "page.jpg").size == tuple(entry["size"]) == (640, 427)
     assert b"SECRET" not in (tmp_path / "page.jpg").read_bytes()
 
 
-def test_the_page_is_written_whole_or_not_at_all(run_demo, tmp_path):
+def test_a_broken_picture_is_left_out_and_said(run_demo, tmp_path):
     (tmp_path / "photos" / "bad.jpg").write_bytes(b"not a picture")
     page = tmp_path / "page.html"
     page.write_text("the page before")
     with pytest.raises(UserError, match="1 of 1"):
         run_demo(page)
     assert page.read_text() == "the page before", "a page without any picture"
-    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "good.png")
-    with pytest.raises(UserError, match="1 of 2"):
+    for name in ("good.png", "good.jpg"):
+        Image.new("L", (90, 30)).save(tmp_path / "photos" / name)
+    with pytest.raises(UserError, match="1 of 3"):
         run_demo(page)
-    assert [picture["name"] for picture in Page(page.read_text(encoding="utf-8")).data["pictures"]] == ["good.png"]
-    page.unlink()
-    page.mkdir()
-    with pytest.raises(UserError, match="page.html could not be written"):
-        run_demo(page)
-    assert not list(page.iterdir()) and not list(tmp_path.glob("*.tmp"))
+    data = Page(page.read_text(encoding="utf-8")).data
+    assert [picture["name"] for picture in data["pictures"]] == ["good.jpg", "good.png"]
+    assert [*files_under(tmp_path / "out")] == ["out_good.jpg.jpg", "out_good.png.jpg"]
+    assert not list(tmp_path.glob("*.tmp"))

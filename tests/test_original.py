@@ -1,5 +1,6 @@
-"""Checkpoints of the original, which are pickled modules: read without running any, refused where they ask for more."""
+"""Checkpoints of the original, which are pickled modules: imported without running any of their code."""
 import builtins
+import importlib.util
 import json
 import os
 import pickle
@@ -7,20 +8,29 @@ import shlex
 import shutil
 import zipfile
 from collections import OrderedDict
-from dataclasses import asdict
 
 import pytest
 import torch
 import torchvision
-from conftest import NOT_BEGUN, error_line, script
+from conftest import ROOT, script
+from test_scripts import call, fails
 from torch import nn
 from torch.nn.backends.thnn import _get_thnn_function_backend
 
+import demo
+import eval
 import models
-from config import ENCODERS, Config, UserError, parse_args
-from datasets import END, PAD, START, UNK, read_image
-from eval import generate
-from utils import CHECKPOINT_VERSION, RESNETS, OriginalUnpickler, load_checkpoint, open_checkpoint
+import pre_process
+import train
+from checkpoint import load_checkpoint, load_models
+from config import Config
+from datasets import END, PAD, START, UNK, load_word_map, read_image
+from models import generate
+from utils import UserError
+
+spec = importlib.util.spec_from_file_location("import_original", ROOT / "models" / "import_original.py")
+import_original = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(import_original)
 
 CONFIG = Config(encoder="resnet18", encoder_weights="none", emb_dim=24, attention_dim=16, decoder_dim=32)
 FORMS = ("legacy", "zip")
@@ -46,7 +56,7 @@ def theirs(name, module, **more):
 
 
 def their_checkpoint(change=lambda encoder, decoder: None):
-    """Our model with fixed random weights, in the original's classes, and as state dicts in our names.
+    """A model with fixed random weights in the original's classes, and the same weights as our state dicts.
 
     Args:
         change (function): of the original's encoder and decoder, called before the state dicts are taken.
@@ -91,134 +101,108 @@ def save(checkpoint, path, form):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """legacy.pth.tar and zip.pth.tar of the original, own.pth.tar of this repo with the same weights, WORDMAP.json."""
-    folder = tmp_path_factory.mktemp("original")
-    checkpoint, states = their_checkpoint()
-    for form in FORMS:
-        save(checkpoint, folder / f"{form}.pth.tar", form)
+def word_map(tmp_path_factory):
+    """The path of a WORDMAP.json with the 60 words of their_checkpoint."""
     words = ["", *(chr(ord("一") + number) for number in range(55))]  # jieba's full mode gives "" for punctuation
-    word_map = {word: number for number, word in enumerate([*words, UNK, START, END], start=1)} | {PAD: 0}
-    (folder / "WORDMAP.json").write_text(json.dumps(word_map))
-    torch.save(dict(states, version=CHECKPOINT_VERSION, config=asdict(CONFIG), word_map=word_map, **NOT_BEGUN),
-               folder / "own.pth.tar")
-    return folder
-
-
-def opened(path, *flags):
-    return open_checkpoint(parse_args("", {"checkpoint": {}, "word_map": {}}, ["--checkpoint", str(path), *flags]))
+    path = tmp_path_factory.mktemp("original") / "WORDMAP.json"
+    path.write_text(json.dumps({word: number for number, word in enumerate([*words, UNK, START, END], start=1)}
+                               | {PAD: 0}))
+    return path
 
 
 def refused(path, *parts, word_map="WORDMAP.json"):
-    """open_checkpoint refuses this file, in one line that holds all parts."""
-    with pytest.raises(UserError) as caught:
-        opened(path, *(["--word_map", str(word_map)] if word_map else []))
-    line = str(caught.value)
-    assert all(str(part) in line for part in (path, *parts)) and "\n" not in line, line
+    """The import of this file is refused in one line with all these parts; here the word map is not looked at first."""
+    fails(import_original.main, path, word_map, parts=(path, *parts))
+    assert not list(path.parent.glob("*.ours.pth.tar"))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("parallel", [False, True])
-def test_the_originals_weights_are_read_exactly(folder, tmp_path, form, parallel):
-    path = folder / f"{form}.pth.tar"
+@pytest.mark.parametrize("form, parallel", [("legacy", False), ("zip", True)])
+def test_the_originals_weights_are_imported_exactly(word_map, tmp_path, form, parallel):
+    checkpoint, states = their_checkpoint()
     if parallel:
-        checkpoint, _ = their_checkpoint()
         checkpoint = {name: nn.DataParallel(part) if isinstance(part, nn.Module) else part
                       for name, part in checkpoint.items()}
-        path = save(checkpoint, tmp_path / "parallel.pth.tar", form)
-    _, config, _, *ours = opened(path, "--word_map", str(folder / "WORDMAP.json"), "--device", "cpu")
-    _, expected_config, _, *expected = opened(folder / "own.pth.tar", "--device", "cpu")
+    call(import_original.main, save(checkpoint, tmp_path / "BEST_.pth.tar", form), word_map)
+    found = load_checkpoint(tmp_path / "BEST_.ours.pth.tar")
+    config = Config(**found["config"])
     for name in ("encoder", "emb_dim", "attention_dim", "decoder_dim", "image_size", "encoded_image_size", "dropout"):
-        assert getattr(config, name) == getattr(expected_config, name), name
-    for module, other in zip(ours, expected):
-        state, other = module.state_dict(), other.state_dict()
-        assert state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+        assert getattr(config, name) == getattr(CONFIG, name), name
+    assert found["epoch"] == 7 and found["word_map"] == load_word_map(word_map.parent)
+    for module, expected in zip(load_models(found, config, "it"), states.values()):
+        state = module.state_dict()
+        assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
 
 
 def test_every_resnet_is_known_by_its_blocks():
+    names = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
     with torch.device("meta"):
-        resnets = {name: torchvision.models.get_model(name, weights=None) for name in ENCODERS}
-    assert RESNETS == {(len(resnet.layer3), resnet.fc.in_features): name for name, resnet in resnets.items()}
+        resnets = {name: torchvision.models.get_model(name, weights=None) for name in names}
+    assert import_original.RESNETS == {(len(resnet.layer3), resnet.fc.in_features): name
+                                       for name, resnet in resnets.items()}
 
 
-def test_demo_and_evaluation_caption_as_with_our_own_checkpoint(folder, tiny, tmp_path):
-    """The scores need only pictures and raw captions, so data with another word map serve."""
+def test_demo_and_evaluation_take_it_and_training_does_not(word_map, tiny, tmp_path, monkeypatch):
+    """Scores need only pictures and raw captions, so data with another word map serve."""
+    monkeypatch.setattr(eval, "meteor", lambda *_: {})  # which takes seconds to start
+    checkpoint, states = their_checkpoint()
+    path, data = tmp_path / "checkpoint.pth.tar", tmp_path / "data"
+    save(checkpoint, tmp_path / "theirs", "zip")
+    script("models/import_original.py", "theirs", word_map, "--out", path, cwd=tmp_path, check=0)
     pictures = sorted(next(tiny.glob("*test_a*/*images*/")).iterdir())
-    quick, data = ["--max_len", "5", "--device", "cpu"], tmp_path / "data"
-    checkpoint, config, _, encoder, decoder = opened(folder / "own.pth.tar", *quick)
-    images = torch.stack([torch.from_numpy(read_image(picture, config.image_size)) for picture in pictures])
-    captions = generate(decoder, encoder(images), torch.arange(4), config, checkpoint["word_map"], 3)
+    words, (encoder, decoder) = load_word_map(word_map.parent), models.build_models(CONFIG, 60)
+    encoder.load_state_dict(states["encoder"])
+    decoder.load_state_dict(states["decoder"])
+    images = torch.stack([torch.from_numpy(read_image(picture, CONFIG.image_size)) for picture in pictures])
+    captions = generate(decoder.eval(), encoder.eval()(images), words, 5, 3)
     expected = {picture.name: "".join(caption["words"]) for picture, caption in zip(pictures, captions)}
     assert len(set(expected.values())) > 1, "captions that tell the pictures apart"
 
-    demo = script("demo.py", "--checkpoint", folder / "legacy.pth.tar", "--word_map", folder / "WORDMAP.json",
-                  "--image", pictures[0].parent, "--out", tmp_path, *quick, check=0)
-    for picture in pictures:
-        assert f"{picture.name}\t{expected[picture.name]}\t" in demo.stdout
-
+    quick = ["--max_len", 5, "--device", "cpu"]
+    printed = call(demo.main, "--checkpoint", path, "--image", pictures[0].parent, "--out", tmp_path, *quick).out
+    assert all(f"{name}\t{caption}\t" in printed for name, caption in expected.items())
     shutil.copytree(tiny, data)
-    script("pre_process.py", "--overwrite", "--data_dir", data, *quick, check=0)
-    script("eval.py", "--checkpoint", folder / "zip.pth.tar", "--word_map", folder / "WORDMAP.json", "--workers", 0,
-           "--data_dir", data, "--split", "test_a", "--results", tmp_path / "results.json", *quick, check=0)
+    call(pre_process.main, "--overwrite", "--data_dir", data, *quick)
+    assert load_word_map(data) != words
+    call(eval.main, "--checkpoint", path, "--workers", 0, "--data_dir", data, "--split", "test_a", "--results",
+         tmp_path / "results.json", *quick)
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert {entry["image_id"]: entry["caption"] for entry in results["captions"]} == expected
     assert results["scores"].keys() >= {"BLEU-4", "CIDEr"} and results["captions"][0]["references"]
+    fails(train.main, "--resume", "--model_dir", tmp_path, parts=(path, "was imported", "not resumed"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The word map
-
-
-def test_the_word_map_is_asked_for_and_must_fit(folder, tmp_path):
-    path = folder / "zip.pth.tar"
-    refused(path, "--word_map", word_map=None)
-    with pytest.raises(UserError, match="--word_map"):
-        load_checkpoint(path)  # as train.py --resume does
-    word_map = json.loads((folder / "WORDMAP.json").read_text())
+def test_the_word_map_must_fit(word_map, tmp_path):
+    path = save(their_checkpoint()[0], tmp_path / "theirs.pth.tar", "zip")
     other = tmp_path / "OTHER.json"
-    other.write_text(json.dumps({**word_map, "多": len(word_map)}))
-    refused(path, other, "61 words", "60", word_map=other)
-    for text, reason in (("{", "cannot be read"), (json.dumps({"一": 1}), "not a word map")):
+    for text, *parts in ((json.dumps({**json.loads(word_map.read_text()), "多": 60}), "61 words", "60"),
+                         ("{", "cannot be read"), (json.dumps({"一": 1}), "not a word map")):
         other.write_text(text)
-        with pytest.raises(UserError, match=f"OTHER.json.*{reason}"):
-            opened(path, "--word_map", str(other))
-    with pytest.raises(UserError, match="nowhere.json cannot be read"):
-        opened(path, "--word_map", str(tmp_path / "nowhere.json"))
+        fails(import_original.main, path, other, parts=(other, *parts))
+    fails(import_original.main, path, tmp_path / "nowhere.json", parts=("nowhere.json", "cannot be read"))
+    fails(import_original.main, tmp_path / "nowhere.pth.tar", word_map, parts=("nowhere.pth.tar", "No such file"))
 
 
-def test_a_missing_checkpoint_names_the_one_beside_it(folder, tmp_path):
+def test_a_missing_checkpoint_names_the_one_beside_it(tmp_path):
     """As with the original's recipe, where BEST_checkpoint_.pth.tar is put into models/ and demo.py called bare."""
-    models = tmp_path / "the models"
-    with pytest.raises(UserError, match="does not exist") as caught:
-        load_checkpoint(models / "BEST_checkpoint.pth.tar")
-    assert "pth.tar" not in str(caught.value).split("does not exist")[1]
-    models.mkdir()
-    for source, name, more in (("own", "checkpoint.pth.tar", []),
-                               ("zip", "BEST_checkpoint_.pth.tar", ["--word_map", "WORDMAP.json"])):
-        shutil.copy(folder / f"{source}.pth.tar", models / name)
+    folder = tmp_path / "the models"
+    folder.mkdir()
+    for name, command in (("checkpoint.pth.tar", ["--checkpoint"]),
+                          ("BEST_checkpoint_.pth.tar", ["python", "models/import_original.py"])):
+        (folder / name).touch()
         with pytest.raises(UserError, match="does not exist") as caught:
-            load_checkpoint(models / "BEST_checkpoint.pth.tar")
-        flags = shlex.split(str(caught.value)[str(caught.value).index("--checkpoint"):])
-        assert flags == ["--checkpoint", str(models / name), *more] and "\n" not in str(caught.value)
-
-
-def test_our_own_checkpoint_takes_no_other_word_map(folder, tmp_path):
-    word_map = json.loads((folder / "WORDMAP.json").read_text())
-    assert opened(folder / "own.pth.tar", "--word_map", str(folder / "WORDMAP.json"))[0]["word_map"] == word_map
-    first, second, *_ = word_map
-    other = tmp_path / "OTHER.json"
-    other.write_text(json.dumps({**word_map, first: word_map[second], second: word_map[first]}))
-    refused(folder / "own.pth.tar", other, "leave --word_map out", word_map=other)
+            load_checkpoint(folder / "BEST_checkpoint.pth.tar")
+        words = shlex.split(str(caught.value).split(": ")[-1])
+        assert words[:len(command) + 1] == [*command, str(folder / name)] and "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Hostile and broken files
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("function, inside", [(os.system, False), (builtins.exec, False), (builtins.eval, True),
-                                              (builtins.getattr, True), (torch.hub.load, False)])
-def test_what_asks_for_more_is_refused_by_name_and_never_runs(folder, tmp_path, form, function, inside):
+@pytest.mark.parametrize("form, function, inside", [
+    ("legacy", os.system, False), ("zip", builtins.exec, False), ("legacy", builtins.eval, True),
+    ("zip", builtins.getattr, True), ("zip", torch.hub.load, False)])
+def test_what_asks_for_more_is_refused_by_name_and_never_runs(tmp_path, form, function, inside):
     marker = tmp_path / "ran"
     command = f"touch {marker}" if function is os.system else f"open({str(marker)!r}, 'w')"
     checkpoint = small_checkpoint()
@@ -226,25 +210,16 @@ def test_what_asks_for_more_is_refused_by_name_and_never_runs(folder, tmp_path, 
         getattr(checkpoint["encoder"], "0").hook = Call(function, command)
     else:
         checkpoint["encoder"] = Call(function, command)
-    path = save(checkpoint, tmp_path / "hostile.pth.tar", form)
     module = function.__module__.removeprefix("builtins")  # __builtin__ in the pickle
-    refused(path, f"{module}.{function.__name__}", word_map=folder / "WORDMAP.json")
+    refused(save(checkpoint, tmp_path / "hostile.pth.tar", form), f"{module}.{function.__name__}")
     assert not marker.exists()
 
 
-def test_the_scripts_refuse_it_in_one_line(folder, tmp_path):
-    marker = tmp_path / "ran"
-    path = save({"encoder": Call(os.system, f"touch {marker}")}, tmp_path / "hostile.pth.tar", "legacy")
-    done = script("demo.py", "--checkpoint", path, "--word_map", folder / "WORDMAP.json", check=2)
-    assert f"{os.system.__module__}.system" in error_line(done.stderr) and not marker.exists()
-
-
-@pytest.mark.parametrize("state", [{"forward": 1}, (None, {"forward": 1})])
-def test_a_pickle_cannot_set_anything_of_a_real_class(tmp_path, state):
-    path = tmp_path / "hostile.pth.tar"
-    path.write_bytes(b"\x80\x02ctorch.nn\nModule\n" + pickle.dumps(state, 2)[2:-1] + b"b.")
+def test_a_pickle_cannot_set_anything_of_a_real_class(tmp_path):
     forward = nn.Module.forward
-    refused(path)
+    for state in ({"forward": 1}, (None, {"forward": 1})):
+        (tmp_path / "hostile").write_bytes(b"\x80\x02ctorch.nn\nModule\n" + pickle.dumps(state, 2)[2:-1] + b"b.")
+        refused(tmp_path / "hostile")
     assert nn.Module.forward is forward
 
 
@@ -254,7 +229,7 @@ def test_truncated_files(tmp_path, form):
     for size in (*range(0, len(whole) - 8, 40), len(whole) - 1):
         (tmp_path / "cut.pth.tar").write_bytes(whole[:size])
         with pytest.raises(UserError) as caught:
-            load_checkpoint(tmp_path / "cut.pth.tar")
+            import_original.load_original(tmp_path / "cut.pth.tar", "WORDMAP.json")
         assert "decoder" not in str(caught.value)  # which is all that the whole file lacks
 
 
@@ -264,23 +239,22 @@ def test_truncated_files(tmp_path, form):
     (lambda encoder, decoder: encoder.resnet[6].append(nn.Linear(1, 1)), "damaged"),
     (lambda encoder, decoder: delattr(decoder, "embedding"), "embedding.weight"),
 ])
-def test_modules_that_do_not_fit(folder, tmp_path, change, reason):
+def test_modules_that_do_not_fit(word_map, tmp_path, change, reason):
     checkpoint, _ = their_checkpoint(change)
-    refused(save(checkpoint, tmp_path / "odd.pth.tar", "zip"), reason, word_map=folder / "WORDMAP.json")
+    refused(save(checkpoint, tmp_path / "odd.pth.tar", "zip"), reason, word_map=word_map)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_few_bytes_that_stand_for_many_modules(tmp_path, form):
+def test_a_few_bytes_that_stand_for_many_modules(tmp_path):
     part = nn.Linear(1, 1)
     for _ in range(60):
         part = nn.Sequential(part, part)
-    refused(save({"encoder": part}, tmp_path / "many.pth.tar", form), "_modules")
+    refused(save({"encoder": part}, tmp_path / "many.pth.tar", "zip"), "_modules")
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size, stride, offset, reason", [
     ((10**6, 10**6), (0, 0), 0, "larger than its storage"), ((3,), (2,), 0, "out of bounds"),
-    ((2,), (1,), 3, "out of bounds"), ((2,), (-1,), 3, "Negative"), (("2",), (1,), 0, "TypeError")])
+    ((2,), (-1,), 3, "Negative"), (("2",), (1,), 0, "TypeError")])
 def test_tensors_beyond_their_storage(tmp_path, form, size, stride, offset, reason):
     checkpoint = small_checkpoint()
     storage = torch.storage.TypedStorage(wrap_storage=torch.zeros(4).untyped_storage(), dtype=torch.float32,
@@ -292,15 +266,11 @@ def test_tensors_beyond_their_storage(tmp_path, form, size, stride, offset, reas
 
 def test_storages_whose_sizes_lie(tmp_path):
     legacy, whole = (save(small_checkpoint(), tmp_path / f"{form}.pth.tar", form) for form in FORMS)
-    with open(legacy, "r+b") as file:
-        unpickler = OriginalUnpickler(file)
-        for _ in range(5):
-            unpickler.load()
-        file.seek(file.tell())  # where the first storage tells its length
-        file.write((2**40).to_bytes(8, "little"))
+    content = legacy.read_bytes()
+    at = content.rindex((4).to_bytes(8, "little"))  # the length before the last storage
+    legacy.write_bytes(content[:at] + (2**40).to_bytes(8, "little") + content[at + 8:])
     refused(legacy, "storage")
-    for compression, size, reason in ((zipfile.ZIP_STORED, -4, "storage"), (zipfile.ZIP_DEFLATED, None, "compressed")):
-        with zipfile.ZipFile(whole) as old, zipfile.ZipFile(tmp_path / "lie.pth.tar", "w", compression) as new:
-            for name in old.namelist():
-                new.writestr(name, old.read(name)[:size if "/data/" in name else None])
-        refused(tmp_path / "lie.pth.tar", reason)
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(tmp_path / "bomb.pth.tar", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    refused(tmp_path / "bomb.pth.tar", "compressed")

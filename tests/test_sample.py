@@ -7,9 +7,10 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from conftest import error_line, files_under, script
+from conftest import call, error_line, files_under, script
 from PIL import Image
 
+from data import sample
 from data.sample import BACKGROUNDS, COLOURS, KINDS, attention_peak_hits, draw_scene, is_true, write_captions
 from datasets import tokenize
 
@@ -21,13 +22,13 @@ LAYOUT = {
     "ai_challenger_caption_test_a_20180103":
         ("caption_test_a_images_20180103", "caption_test_a_annotations_20180103.json", 3),
 }
-DRAW = ("data/sample.py", "--train", 6, "--valid", 2, "--test", 3, "--size", 48)
+DRAW = ("--train", 6, "--valid", 2, "--test", 3, "--size", 48)
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
-    script(*DRAW, "--seed", 3, "--out", folder, check=0)
+    script("data/sample.py", *DRAW, "--seed", 3, "--out", folder, cwd=folder, check=0)
     return folder
 
 
@@ -69,12 +70,12 @@ def test_the_layout_is_ai_challengers(drawn):
 
 
 def test_the_seed_decides_every_byte(drawn, tmp_path):
-    script(*DRAW, "--seed", 3, "--out", tmp_path / "same", check=0)
-    assert files_under(tmp_path / "same") == files_under(drawn)
-    script(*DRAW, "--seed", 4, "--out", tmp_path / "other", check=0)
-    other = files_under(tmp_path / "other")
-    assert other.keys() == files_under(drawn).keys()
-    assert all(other[name] != content for name, content in files_under(drawn).items())
+    first, same, other = files_under(drawn), tmp_path / "same", tmp_path / "other"
+    assert call(sample.main, *DRAW, "--seed", 3, "--out", same).code == 0
+    assert files_under(same) == first
+    assert call(sample.main, *DRAW, "--seed", 4, "--out", other).code == 0
+    assert files_under(other).keys() == first.keys()
+    assert all(first[name] != content for name, content in files_under(other).items())
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -82,10 +83,11 @@ def test_the_seed_decides_every_byte(drawn, tmp_path):
     (["--valid", "few"], "--valid"), (["--tra", "5"], "--tra"), (["--colour", "red"], "--colour"), (["5"], "5"),
     (["--test"], "--test"), (["--out", "file"], "file"), (["--out", "file/below"], "file"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
-def test_bad_arguments_end_in_one_line(flags, named, tmp_path):
+def test_bad_arguments_end_in_one_line(flags, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    done = script("data/sample.py", *flags, cwd=tmp_path, check=2)
-    assert named in error_line(done.stderr) and len(done.stderr.splitlines()) == 1
+    result = call(sample.main, *flags)
+    assert result.code == 2 and named in error_line(result.err) and len(result.err.splitlines()) == 1
     assert files_under(tmp_path) == {"file": b""}
 
 

@@ -1,4 +1,4 @@
-"""Scores: over words, over characters, and AI Challenger's; what a broken Java costs; what the diagnosis notices."""
+"""Scores over words, over characters, and AI Challenger's; what a broken Java costs; how a bad model is noticed."""
 import shutil
 import sys
 import time
@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 import scores
-from config import UserError
-from eval import attention_course, diagnose
-from scores import characters, meteor, official_scores, ptb_tokenize, score
+from scores import attention_course, characters, diagnose, meteor, official_scores, ptb_tokenize, score
+from utils import UserError
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 
@@ -25,16 +24,9 @@ SUBMISSION = [dict(image_id=name, caption=caption) for name, caption in (
     ("d", "一个穿着西装的男人在讲话"), ("b", "两个戴帽子的女人坐在海边的沙滩上！"))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Without Java
-
-
-def test_characters():
+def test_scores_over_characters_do_not_depend_on_the_segmentation():
     assert characters(["一个", "T恤", "CD机", "2000", "年", "（", "iphone6", "é"]) == [
         "一", "个", "T", "恤", "CD", "机", "2000", "年", "（", "iphone", "6", "é"]
-
-
-def test_scores_over_characters_do_not_depend_on_how_words_are_cut():
     human = [[["一个", "男人", "在", "踢足球"], ["男人", "踢球"]], [["两个", "女人", "坐在", "海边"]]]
     one, other = [["男人", "踢足球"], ["女人", "在", "海边"]], [["男", "人踢", "足球"], ["女人在", "海", "边"]]
     assert score(one, human) != score(other, human)
@@ -47,44 +39,36 @@ def test_scores_over_characters_do_not_depend_on_how_words_are_cut():
     (lambda entries: entries.append(dict(image_id="e", caption="一个人")), "1 unknown pictures, such as e"),
     (lambda entries: entries.append(entries[0]), "1 repeated pictures, such as c"),
     (lambda entries: entries[0].update(caption=""), "without image_id or caption"),
-    (lambda entries: entries[0].update(caption=None), "without image_id or caption"),
-    (lambda entries: entries[0].update(image_id=""), "without image_id or caption"),
     (lambda entries: entries[0].pop("image_id"), "without image_id or caption"),
-    (lambda entries: entries.append("a"), "without image_id or caption"),
 ])
-def test_what_the_official_evaluator_refused_is_refused(change, message):
+def test_what_the_official_evaluator_rejected_is_rejected(change, message):
     submission = [dict(entry) for entry in SUBMISSION]
     change(submission)
     with pytest.raises(UserError, match=message):
         official_scores(submission, REFERENCES)
 
 
-@pytest.fixture(params=["none", "hangs", "fails", "babbles", "is killed"])
-def broken_java(request, tmp_path, monkeypatch):
-    """A PATH with nothing on it but a `java` of the kind named, and a limit of a second."""
-    code = {"hangs": "import time; time.sleep(60)",
-            "fails": "import sys; sys.exit('line one\\nno such virtual machine')",
-            "babbles": "print('0.5 is\\nmy\\nanswer')", "is killed": "import os; os.kill(os.getpid(), 9)"}
-    if request.param != "none":
+@pytest.mark.skipif(sys.platform == "win32", reason="the broken java is a script")
+@pytest.mark.parametrize("code, reason", [
+    (None, "install"), ("import time; time.sleep(60)", "timed out after 0.3 s"),
+    ("import sys; sys.exit('line one\\nno such virtual machine')", "exit code 1 (no such virtual machine)"),
+    ("print('0.5 is\\nmy\\nscore')", "java"), ("import os; os.kill(os.getpid(), 9)", "exit code -9")],
+    ids=["none", "hangs", "fails", "babbles", "is killed"])
+def test_a_broken_java_costs_meteor_only(code, reason, tmp_path, monkeypatch, capsys):
+    if code:
         java = tmp_path / "java"
-        java.write_text(f"#!{sys.executable} -IS\n{code[request.param]}\n")
+        java.write_text(f"#!{sys.executable} -IS\n{code}\n")
         java.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(scores, "JAVA_SECONDS", 1)
-    return {"none": "install", "hangs": "did not finish within 1 s", "fails": "exit code 1 (no such virtual machine)",
-            "babbles": "java", "is killed": "exit code -9"}[request.param]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="the broken java is a script")
-def test_a_broken_java_costs_meteor_only(broken_java, capsys):
+    monkeypatch.setattr(scores, "JAVA_SECONDS", 0.3 if reason.startswith("timed out") else 60)
     started = time.monotonic()
     assert meteor([["一个", "人"]], [[["一个", "男人"]]]) == {}
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1 and said[0].startswith("no METEOR: ") and broken_java in said[0]
+    printed, = capsys.readouterr().out.splitlines()
+    assert printed.startswith("METEOR is left out: ") and reason in printed
     with pytest.raises(UserError) as error:
         ptb_tokenize(["一个人"])
-    assert broken_java in str(error.value) and "\n" not in str(error.value)
-    assert time.monotonic() - started < 10
+    assert reason in str(error.value) and "\n" not in str(error.value)
+    assert time.monotonic() - started < 30
 
 
 def test_without_references_there_is_nothing_to_score(capsys):
@@ -93,8 +77,8 @@ def test_without_references_there_is_nothing_to_score(capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# With Java. What is expected was made by pycocoevalcap 1.2: PTBTokenizer, then Bleu, Meteor, Rouge and Cider, of the
-# captions stripped, without 。 and cut by jieba's exact mode.
+# With Java. The expected values were made by pycocoevalcap 1.2: PTBTokenizer, then Bleu, Meteor, Rouge and Cider, of
+# the captions stripped, without 。 and segmented by jieba's exact mode.
 
 
 @needs_java
@@ -123,14 +107,14 @@ def test_the_official_scores_are_those_of_the_official_pipeline():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Diagnosis
+# Checks for a collapsed model
 
 
 POSITIONS = (np.arange(14) + 0.5) / 14
 
 
 def peak(row, column, height=0.9):
-    """A map of 14 x 14 that has `height` of its attention in one cell and the rest everywhere."""
+    """A map of 14 x 14 with `height` of its attention in one cell and the rest evenly everywhere."""
     alpha = np.full((14, 14), (1 - height) / 196, np.float32)
     alpha[row, column] += height
     return alpha
@@ -145,27 +129,23 @@ def test_attention_course():
 
 
 def diagnosis(captions, alphas=None):
-    """Warnings of captions written with attention that wanders, or with the maps given."""
+    """Numbers and warnings of captions generated with attention that moves, or with the maps given."""
     alphas = np.stack([peak(3, 3), peak(9, 4), peak(5, 10)] if alphas is None else alphas)
     word_map = {word: i for i, word in enumerate(["<pad>", *"甲乙丙丁", "<unk>", "<start>", "<end>"])}
     return diagnose(captions, [attention_course(alphas, POSITIONS)] * len(captions), word_map)
 
 
+SAME = [["甲", "乙", "丙"]]
 DIFFERENT = [[a, b, c] for a in "甲乙丙" for b in "甲乙丙" for c in "甲乙丙"]
 
 
-@pytest.mark.parametrize("captions", [
-    [["甲", "乙", "丙"]] * 100,
-    [["甲", "乙", "丙"]] * 40 + DIFFERENT * 3,  # a third of all
-    DIFFERENT[:7] * 15,
-])
+@pytest.mark.parametrize("captions", [SAME * 100, SAME * 40 + DIFFERENT * 3, DIFFERENT[:7] * 15])
 def test_captions_that_collapse_are_noticed(captions):
     numbers, (warning,) = diagnosis(captions)
-    assert "same" in warning and f"{numbers['distinct_captions']} distinct captions of {len(captions)}" in warning
+    assert f"same caption: {numbers['distinct_captions']} distinct captions of {len(captions)}" in warning
 
 
-@pytest.mark.parametrize("captions", [DIFFERENT, DIFFERENT * 1000, DIFFERENT * 2 + [["甲", "乙", "丙"]] * 5,
-                                      [["甲", "乙", "丙"]] * 4, [["甲", "乙", "丙"]]])
+@pytest.mark.parametrize("captions", [DIFFERENT, DIFFERENT * 1000, DIFFERENT * 2 + SAME * 5, SAME * 4, SAME])
 def test_captions_that_differ_or_are_few_are_not(captions):
     assert diagnosis(captions)[1] == []
 
@@ -174,15 +154,11 @@ def test_numbers_of_the_diagnosis():
     numbers, _ = diagnosis([["甲", "乙"], ["甲", "乙"], ["甲"], ["甲", "<unk>", "乙"]])
     assert numbers["distinct_captions"] == 3 and numbers["mean_length"] == 2
     assert numbers["same_caption_twice"] == pytest.approx(1 / 6) and numbers["vocabulary_used"] == 2 / 4
-
-
-def test_attention_that_stays_or_looks_everywhere_is_noticed():
-    assert [warning.split(":")[0] for warning in diagnosis(DIFFERENT, [peak(3, 3)] * 3)[1]] == [
-        "attention stays where it is"]
-    assert [warning.split(":")[0] for warning in diagnosis(DIFFERENT, [peak(3, i, 0.02) for i in range(3)])[1]] == [
-        "attention stays where it is", "attention looks everywhere alike"]
-
-
-def test_empty_captions_are_no_error():
     numbers, _ = diagnose([[]] * 30, [attention_course(np.empty((0, 14, 14)), POSITIONS)] * 30, {"<pad>": 0})
-    assert numbers["mean_length"] == numbers["attention_shift"] == 0
+    assert numbers["mean_length"] == numbers["attention_shift"] == 0, "of empty captions"
+
+
+def test_attention_that_hardly_moves_or_is_uniform_is_noticed():
+    assert [text.split(":")[0] for text in diagnosis(DIFFERENT, [peak(3, 3)] * 3)[1]] == ["attention hardly moves"]
+    assert [text.split(":")[0] for text in diagnosis(DIFFERENT, [peak(3, i, 0.02) for i in range(3)])[1]] == [
+        "attention hardly moves", "attention is nearly uniform"]

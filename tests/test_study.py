@@ -1,50 +1,63 @@
-"""The study's own code: that the reference is trained as the product is, and that no model is scored like one."""
+"""The study's own code: the reference is trained as the product is, and captions of no model are scored like its."""
 import json
 
 import pytest
 import torch
 from PIL import Image
 
+import checkpoint
+import train
 from benchmarks import study
 from config import get_config, parse_args
 from datasets import CaptionDataset, load_word_map, make_loader
 from models import build_models, caption_loss
-from train import make_optimizers, parameters
 
 
 @pytest.fixture
-def config(tiny_flags):
-    flags = parse_args("", argv=[*map(str, tiny_flags), "--fine_tune_encoder", "true", "--dropout", "0"]).flags
-    return get_config(flags=flags)
+def flags(tiny_flags):
+    return [*tiny_flags, "--fine_tune_encoder", "true", "--dropout", "0"]
 
 
-def test_the_reference_takes_the_steps_of_the_product(config):
+def test_the_reference_takes_the_steps_of_the_product(flags):
+    config = get_config(flags=parse_args("", argv=flags).flags)
     word_map = load_word_map(config.data_dir)
     loader = make_loader(CaptionDataset(config, "train", word_map), config, True)
     losses, gradients, grids = [], [], []
     for build in (build_models, study.build_plain):
         torch.manual_seed(0)
         encoder, decoder = (half.train() for half in build(config, len(word_map)))
-        optimizers, losses_here = make_optimizers(config, encoder, decoder), []
+        optimizers = train.make_optimizers(config, encoder, decoder)
         for images, captions, lengths, _ in loader:
-            scores, targets, alphas = decoder(encoder(images), captions, lengths)
-            cross_entropy, coverage = caption_loss(scores, targets, alphas, lengths)
-            loss = cross_entropy / len(targets) + coverage / (lengths > 0).sum()
+            terms = caption_loss(*decoder(encoder(images), captions, lengths), lengths, config)
+            totals = dict(zip(train.COUNTS, train.counts_of(lengths)))
+            loss = sum(term.weight * term.sum / totals[term.per] for term in terms.values())
             for optimizer in optimizers.values():
                 optimizer.zero_grad()
             loss.backward()
-            if not losses_here:
-                gradients.append(torch.cat([p.grad.flatten() for p in parameters(optimizers)]))
-            losses_here.append(loss.item())
+            losses.append(loss.item())
+            gradients.append(torch.cat([p.grad.flatten() for p in train.parameters(optimizers)]))
             for optimizer in optimizers.values():
                 optimizer.step()
-        losses.append(losses_here)
         grids.append(encoder.eval()(images))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 3
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
+    ours, plain = losses[:len(loader)], losses[len(loader):]
+    assert ours == pytest.approx(plain, rel=1e-3) and len(ours) == 3
+    assert ours[0] == pytest.approx(plain[0], rel=1e-6)
     # Batch norms over so few numbers magnify rounding.
-    assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[0].norm()
-    assert grids[0].shape == grids[1].shape  # not trained, it is the product's: a picture is encoded once
+    assert (gradients[0] - gradients[3]).norm() < 0.05 * gradients[0].norm()
+    assert grids[0].shape == grids[1].shape  # not in training it is models.py's: one encoding per picture
+
+
+def test_the_reference_is_trained_and_resumed_as_it_is_written(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["study.py"])
+    monkeypatch.setattr(train, "Pause", lambda minutes, save: lambda: None)  # leaves the signals of pytest alone
+    monkeypatch.setattr(train, "PICTURES_SHOWN", 0)  # drawing takes most of such a run
+    for module in (train, checkpoint):
+        monkeypatch.setattr(module, "build_models", None)  # restored after the test
+    for more in ([], ["--resume"]):
+        study.train_reference([*flags, "--model_dir", str(tmp_path), "--log_dir", str(tmp_path / "logs"),
+                               "--epochs", "1", *more])
+        output = capsys.readouterr().out
+        assert "decoder: as written" in output and "Finished (all 1 epochs done)" in output
 
 
 def test_captions_that_do_not_look_are_scored(tiny_flags, tmp_path):

@@ -1,60 +1,210 @@
-"""What training counts, saves and chooses by, in this process, on a few tiny drawn pictures."""
+"""What training logs, saves, counts and chooses by, in this process, on a few tiny drawn pictures."""
 import itertools
 import json
 import math
 import re
-import sys
+import shutil
+import signal
 
 import pytest
 import torch
 from conftest import files_under
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_scripts import call, folders
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkpoint
 import train
-import utils
-from config import Config, UserError, get_config, parse_args
+from checkpoint import load_checkpoint
+from config import Config, get_config, parse_args
 from datasets import CaptionDataset, load_word_map, make_loader
-from models import build_models
-from train import top5_hits
-from utils import load_checkpoint
-
+from models import Term, build_models, top5_hits
+from runlog import RunLog
+from utils import UserError, precision
 
 
 @pytest.fixture
 def run(tiny_flags, tmp_path, monkeypatch):
-    """A function that runs train.py in this process with these flags more, into tmp_path."""
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["train.py", *tiny_flags, "--model_dir", str(tmp_path / "models"),
-                                          "--log_dir", str(tmp_path / "logs"), *map(str, flags)])
-        train.main()
-    monkeypatch.setattr(train, "draw_attention", lambda *_: Figure())  # most of the time
-    return call
+    """A function that runs train.py with these flags more, into tmp_path. Returns: what it printed (str)."""
+    def call_train(*flags, check=0):
+        done = call(train.main, *tiny_flags, *folders(tmp_path), *flags, check=check)
+        return done.out + done.err
+    monkeypatch.setattr("runlog.draw_attention", lambda *_: Figure((1, 1)))  # most of the time
+    return call_train
+
+
+def stop_during(monkeypatch, step, number=signal.SIGTERM):
+    """Let the next run get a signal while it works on its batch of this number, validation's batches included."""
+    caption_loss, batches = train.caption_loss, itertools.count(1)
+
+    def loss_and_signal(*args):
+        if next(batches) == step:
+            signal.raise_signal(number)
+        return caption_loss(*args)
+    monkeypatch.setattr(train, "caption_loss", loss_and_signal)
+
+
+def read_log(folder):
+    """The lines of log.jsonl, which must be proper JSON, without speeds; TensorBoard's scalars by tag, likewise."""
+    run, = (folder / "logs").iterdir()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (run / "log.jsonl").open()]
+    for line, part in itertools.product(lines, ("train", "valid")):
+        assert line[part].pop("images_per_s") > 0
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return lines, {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+                   if not tag.endswith("images_per_s")}
+
+
+def last_checkpoint(folder):
+    return load_checkpoint(folder / "models" / "checkpoint.pth.tar")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is saved and logged
+
+
+def test_what_a_run_leaves_behind(tiny, tiny_flags, tmp_path):
+    printed = call(train.main, *tiny_flags, *folders(tmp_path), "--print_freq", 2)
+    assert not list(tmp_path.rglob("*.tmp"))
+    for name in ("checkpoint.pth.tar", "BEST_checkpoint.pth.tar"):
+        saved = torch.load(tmp_path / "models" / name, weights_only=True)
+        assert saved["word_map"] == load_word_map(tiny) and saved["config"]["encoder"] == "resnet18"
+        assert len(saved["decoder"]["embedding.weight"]) == len(saved["word_map"])
+    assert last_checkpoint(tmp_path)["epoch"] == 2
+    lines, scalars = read_log(tmp_path)
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 3), (2, 6)]
+    measured = {"loss", "cross_entropy", "coverage", "top5"}
+    for line in lines:
+        assert line["train"].keys() == measured and line["valid"].keys() >= measured | {"BLEU-4", "CIDEr"}
+        assert all(math.isfinite(value) for part in ("train", "valid", "rates") for value in line[part].values())
+    for tags, length in (([*measured, "gradient_norm", "decoder_lr"], 4), (measured, 2)):
+        assert all(len(scalars[f"{'train' if length == 4 else 'epoch'}/{tag}"]) == length for tag in tags)
+    assert scalars["valid/CIDEr"] == pytest.approx([line["valid"]["CIDEr"] for line in lines])
+    folder, = (tmp_path / "logs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    assert all(events.Images(tag)[0].width > 200 for tag in events.Tags()["images"]) and events.Tags()["images"]
+    about = json.loads((folder / "config.json").read_text())
+    assert {"config", "command", "git_revision", "versions"} <= about.keys()
+    assert about["fast"].keys() == {"encoder", "decoder"}
+    assert all(f"{half}: {how}" in "".join(printed.out.splitlines()[:4]) for half, how in about["fast"].items())
+
+
+def test_models_py_as_written_trains_the_same(run, tmp_path):
+    assert "as written (--fast false)" in run("--fast", "false", "--epochs", 1)
+    written = read_log(tmp_path)[0]
+    for name in ("models", "logs"):
+        (tmp_path / name).rename(tmp_path / f"{name} as written")
+    run("--epochs", 1)
+    for part in ("train", "valid"):
+        assert read_log(tmp_path)[0][0][part] == pytest.approx(written[0][part], rel=1e-3)
+
+
+def test_a_term_that_is_added_to_the_loss_shows_everywhere_by_its_name(run, tmp_path, monkeypatch):
+    """Also where the run is resumed within an epoch that began without it."""
+    caption_loss = train.caption_loss
+    with monkeypatch.context() as patch:
+        stop_during(patch, 2)
+        run("--epochs", 2, "--print_freq", 3, check=128 + signal.SIGTERM)
+    assert last_checkpoint(tmp_path)["progress"]["batch"] == 2
+
+    def loss_with_entropy(scores, targets, alphas, *others):
+        entropy = -(alphas * alphas.clamp(min=1e-30).log()).sum()
+        return {**caption_loss(scores, targets, alphas, *others), "entropy": Term(entropy, "tokens", 0.5)}
+    monkeypatch.setattr(train, "caption_loss", loss_with_entropy)
+    assert "entropy" in run("--resume", "--epochs", 2, "--print_freq", 3)
+    (_, line), scalars = read_log(tmp_path)
+    for part in (line["train"], line["valid"]):
+        assert 2 < part["entropy"] < math.log(16) + 1e-3
+        assert part["loss"] == pytest.approx(part["cross_entropy"] + part["coverage"] + 0.5 * part["entropy"])
+    assert len(scalars["train/entropy"]) == len(scalars["valid/entropy"]) == len(scalars["epoch/entropy"]) == 2
+    assert {"entropy"} < last_checkpoint(tmp_path)["progress"]["terms"].keys()
+
+
+def to_version_2(path):
+    """Convert a checkpoint back to version 2."""
+    saved = torch.load(path, weights_only=True)
+    progress, names = saved.pop("progress"), ["cross_entropy", "coverage", "top5", "tokens", "captions", "images"]
+    sums, recent, best, _ = (progress.pop(name) for name in ("sums", "recent", "best", "terms"))
+    del saved["config"]["fast"]
+    totals, recent = ([part.get(name, 0.0) for name in names] for part in (sums, recent))
+    torch.save({**saved, **progress, "version": 2, "best_score": best, "totals": totals, "recent": recent}, path)
+
+
+def test_a_checkpoint_of_version_2_is_resumed_with_the_same_numbers(run, tmp_path, monkeypatch):
+    """Stopped at a batch, in validation, or after an epoch, it ends as a run that was not stopped."""
+    run("--print_freq", 2)
+    expected = read_log(tmp_path)
+    for step in (1, 4, None):  # three batches an epoch, then one of validation
+        for name in ("models", "logs"):
+            shutil.rmtree(tmp_path / name)
+        with monkeypatch.context() as patch:
+            stop_during(patch, step)
+            run("--print_freq", 2, *([] if step else ["--epochs", 1]), check=128 + signal.SIGTERM if step else 0)
+        to_version_2(tmp_path / "models" / "checkpoint.pth.tar")
+        run("--resume", "--print_freq", 2, "--epochs", 2)
+        assert read_log(tmp_path) == expected
+
+
+def test_tensorboard_reads_the_files_of_a_resumed_run_in_order(tmp_path):
+    """It sorts them by name: the second, then the number of the process."""
+    for resumed_from in (None, dict(version=3)):
+        RunLog(Config(log_dir=str(tmp_path)), train.Progress(run="run", batches={}, batch=1), {}, resumed_from, 3, None,
+               None).close()
+    assert len({path.name.split(".")[3] for path in tmp_path.glob("run/events.*")}) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rates, and what is trained
+
+
+def test_an_encoder_that_is_random_and_stays_so_is_warned_of(run):
+    def warned(*flags):
+        return len(re.findall("^warning: .*--encoder_weights none.*--fine_tune_encoder true", run(*flags), re.M))
+    one_step = ["--batch_size", 12]
+    assert warned("--epochs", 1, *one_step) == warned("--epochs", 1, "--resume") == 1
+    assert warned("--resume", "--fine_tune_encoder", "true", *one_step) == 0
+    assert warned("--resume", "--fine_tune_encoder", "false", *one_step) == 0, "it has been trained"
+
+
+def test_rates_fall_and_fine_tuning_can_begin_later(run, tmp_path, monkeypatch):
+    let_score_give(monkeypatch, (0.5, 0), (0.4, 0), (0.4, 0), (0.4, 0))
+    decay = ["--batch_size", 12, "--lr_decay_epochs", 1, "--early_stop_epochs", 2]
+    run(*decay, "--epochs", 9)
+    rates = [line["rates"] for line in read_log(tmp_path)[0]]
+    assert rates == [dict(decoder_lr=4e-4), dict(decoder_lr=4e-4), dict(decoder_lr=0.8 * 4e-4)]
+    before = last_checkpoint(tmp_path)
+    assert "no better score for 2 epochs" in run(*decay, "--epochs", 9, "--resume")
+    printed = run(*decay, "--epochs", 4, "--resume", "--fine_tune_encoder", "true", "--encoder_lr", 0.01)
+    assert "rates: decoder_lr 0.000256, encoder_lr 0.01;" in printed and "all 4 epochs done" in printed
+    name = "resnet.7.0.conv1.weight"
+    assert not torch.equal(before["encoder"][name], last_checkpoint(tmp_path)["encoder"][name])
+
+
+@pytest.mark.parametrize("given, in_force", [(None, 2.5e-4), (1e-3, 2.5e-4), (5e-4, 5e-4), (2.5e-4, 2.5e-4)])
+def test_a_rate_on_the_command_line_counts_once(given, in_force):
+    """A restart repeats the command, and so does a requeued job: the decay since then is not undone, as a line says."""
+    weight = [torch.nn.Parameter(torch.zeros(2))]
+    saved = dict(optimizers=dict(decoder=torch.optim.Adam(weight, lr=2.5e-4).state_dict()), world_size=1,
+                 config=dict(decoder_lr=1e-3), progress=vars(train.Progress(run="run", batches={})))
+    optimizers = dict(decoder=torch.optim.Adam(weight, lr=given or 1e-3))
+    notes = train.resume(train.Progress(run="new", batches={}), optimizers, saved, Config(),
+                         dict(decoder_lr=given) if given else {}, "checkpoint.pth.tar", 1)
+    assert train.rates(optimizers) == dict(decoder_lr=in_force)
+    assert ("0.00025" in "".join(notes)) == (given == 1e-3) and len(notes) == (given == 1e-3)
 
 
 def epoch_of(tiny_flags, *flags):
-    """What one epoch takes. Returns: the arguments of train_one_epoch; what it changes are the models and state."""
+    """The arguments of train_one_epoch; it changes the models and the progress."""
     config = get_config(flags=parse_args("", argv=[*tiny_flags, *flags]).flags)
     word_map = load_word_map(config.data_dir)
     torch.manual_seed(0)
     encoder, decoder = build_models(config, len(word_map))
     loader = make_loader(CaptionDataset(config, "train", word_map), config, True)
-    state = dict(epoch=0, batch=0, step=0, seconds=0.0, reading={}, totals=[0.0] * 6,
-                 recent=torch.zeros(6, dtype=torch.float64))
-    return encoder, decoder, train.make_optimizers(config, encoder, decoder), loader, config, state, None, lambda: None
-
-
-def test_an_encoder_that_is_random_and_stays_so_is_warned_of(run, capsys):
-    warning = r"^warning: .*--encoder_weights none.*--fine_tune_encoder true"
-
-    def warned(*flags):
-        run(*flags)
-        return len(re.findall(warning, capsys.readouterr().out, re.MULTILINE))
-    assert warned("--epochs", 1) == warned("--epochs", 1, "--resume") == 1
-    assert warned("--resume", "--fine_tune_encoder", "true") == 0
-    assert warned("--resume", "--fine_tune_encoder", "false") == 0, "it has been trained"
+    return (encoder, decoder, train.make_optimizers(config, encoder, decoder), loader, config,
+            train.Progress(run="run", batches={}), train.Sums({}, torch.device("cpu"), 0), None, lambda: None)
 
 
 def test_a_grad_clip_of_0_clips_nothing(tiny_flags):
@@ -70,51 +220,41 @@ def test_a_grad_clip_of_0_clips_nothing(tiny_flags):
 # What is not finite is neither saved nor logged
 
 
-def spoil_gradient(monkeypatch, step, name, value):
-    """Let the first number of a weight's gradient be `value` at a step of a run, the first one being 1."""
-    passes = []
-
-    def hook(gradient):
-        passes.append(None)
-        if len(passes) == step:
-            gradient = gradient.clone()
-            gradient.view(-1)[0] = value
-        return gradient
-
+def change_models(monkeypatch, change):
+    """Let train.py work with models that were changed. Args: change (function): of encoder and decoder."""
     def build(*args, **keywords):
         encoder, decoder = build_models(*args, **keywords)
-        decoder.get_parameter(name).register_hook(hook)
+        change(encoder, decoder)
         return encoder, decoder
-    for module in (train, utils):
+    for module in (train, checkpoint):
         monkeypatch.setattr(module, "build_models", build)
 
 
-def read_log(folder):
-    """The lines of log.jsonl, which must be JSON proper; all scalars of TensorBoard's, tag -> values."""
-    run, = (folder / "logs").iterdir()
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in (run / "log.jsonl").open()]
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    return lines, {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+def spoil_gradient(monkeypatch, step, name):
+    """Let the first number of a weight's gradient be NaN at a step of a run, the first one being 1."""
+    number = itertools.count(1)
+
+    def hook(gradient):
+        if next(number) == step:
+            gradient = gradient.clone()
+            gradient.view(-1)[0] = math.nan
+        return gradient
+    change_models(monkeypatch, lambda _, decoder: decoder.get_parameter(name).register_hook(hook))
 
 
-# The embedding of <pad> is never used, so that nothing but itself is spoilt.
-@pytest.mark.parametrize("name", ["fc.bias", "embedding.weight"])
-def test_a_gradient_that_is_nan_at_an_epochs_last_step_touches_no_file(name, run, tmp_path, monkeypatch):
-    run("--epochs", 1)
+def test_a_gradient_that_is_nan_at_an_epochs_last_step_touches_no_file(run, tmp_path, monkeypatch):
+    """That of the embedding of <pad>, which is never used, so that nothing but itself is spoilt."""
+    run("--epochs", 1, "--fast", "false")
     before = files_under(tmp_path / "models")
-    spoil_gradient(monkeypatch, 3, name, math.nan)
-    with pytest.raises(UserError, match=r"epoch 2, step 3,.*\.jpg.*--resume"):
-        run("--resume", "--epochs", 2)
-    assert files_under(tmp_path / "models") == before
-    assert len(read_log(tmp_path)[0]) == 1
+    spoil_gradient(monkeypatch, 3, "embedding.weight")
+    assert re.search(r"epoch 2, step 3,.*\.jpg.*--resume", run("--resume", "--epochs", 2, check=2))
+    assert files_under(tmp_path / "models") == before and len(read_log(tmp_path)[0]) == 1
 
 
 def test_weights_that_are_nan_are_not_saved_between_two_readings(run, tmp_path, monkeypatch):
-    spoil_gradient(monkeypatch, 2, "embedding.weight", math.nan)
-    with pytest.raises(UserError, match="epoch 1, step 3"):
-        run("--checkpoint_minutes", 0)
-    assert load_checkpoint(tmp_path / "models" / "checkpoint.pth.tar")["step"] == 1
+    spoil_gradient(monkeypatch, 2, "embedding.weight")
+    assert "epoch 1, step 3" in run("--checkpoint_minutes", 0, "--fast", "false", check=2)
+    assert last_checkpoint(tmp_path)["progress"]["step"] == 1
 
 
 def test_moments_and_batch_norms_count_as_the_weights_do(tiny_flags):
@@ -124,27 +264,14 @@ def test_moments_and_batch_norms_count_as_the_weights_do(tiny_flags):
         train.train_one_epoch(encoder, decoder, *others)
     encoder, decoder, *others = epoch_of(tiny_flags, "--grad_clip", "0")
     decoder.embedding.weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(0), 1e30))
-    with pytest.raises(UserError, match="epoch 1, step 3"):  # its square is infinite, and with it the step is 0
+    with pytest.raises(UserError, match="epoch 1, step 3"):  # its square is infinite, so Adam's step is 0
         train.train_one_epoch(encoder, decoder, *others)
-    assert all(weights.isfinite().all() for weights in decoder.parameters())
-
-
-def test_a_gradient_norm_beyond_all_numbers_is_left_out(run, tmp_path, monkeypatch):
-    spoil_gradient(monkeypatch, 2, "embedding.weight", 1e30)
-    run("--epochs", 2, "--print_freq", 1)
-    _, scalars = read_log(tmp_path)
-    assert all(map(math.isfinite, itertools.chain(*scalars.values())))
-    assert len(scalars["train/loss"]) == 6 and len(scalars["train/gradient_norm"]) == 5
 
 
 def test_a_validation_that_is_not_finite_stops_the_run(run, tmp_path, monkeypatch):
-    def build(*args, **keywords):
-        encoder, decoder = build_models(*args, **keywords)
-        encoder.resnet[1].running_var.fill_(-1000)  # finite, but its root is not; training goes without it
-        return encoder, decoder
-    monkeypatch.setattr(train, "build_models", build)
-    with pytest.raises(UserError, match="valid.*epoch 1"):
-        run("--fine_tune_encoder", "true")
+    """The variance is finite, but its root is not; training goes without it."""
+    change_models(monkeypatch, lambda encoder, _: encoder.resnet[1].running_var.fill_(-1000))
+    assert re.search("valid.*epoch 1", run("--fine_tune_encoder", "true", check=2))
     assert not (tmp_path / "models").exists() and not list(tmp_path.rglob("log.jsonl"))
 
 
@@ -168,25 +295,8 @@ def test_where_cider_ties_bleu_decides_and_then_the_loss(run, tmp_path, monkeypa
     assert load_checkpoint(tmp_path / "models" / "BEST_checkpoint.pth.tar")["epoch"] == 5
 
 
-def test_a_checkpoint_that_knows_only_its_best_cider_can_be_gone_on_with(run, tmp_path, monkeypatch):
-    let_score_give(monkeypatch, (0.5, 0.1), (0.5, 0.2), (0.6, 0.0))
-    run("--epochs", 1, "--batch_size", 12)
-    path = tmp_path / "models" / "checkpoint.pth.tar"
-    torch.save({**torch.load(path), "best_score": 0.5}, path)
-    run("--resume", "--epochs", 3, "--batch_size", 12)
-    assert [line["best"] for line in read_log(tmp_path)[0]] == [True, False, True]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Top-5
-
-
-def test_top5_is_that_of_topk_where_no_scores_are_equal():
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.stack([torch.randperm(40, generator=generator) for _ in range(200)]).float()
-    targets = torch.randint(40, (200,), generator=generator)
-    hits = (scores.topk(5, dim=1).indices == targets[:, None]).any(dim=1)
-    assert 0 < hits.sum() < 200 and top5_hits(scores, targets).item() == hits.sum().item()
 
 
 def test_equal_scores_count_as_a_random_choice_among_them():
@@ -201,18 +311,8 @@ def test_equal_scores_count_as_a_random_choice_among_them():
         assert found == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_that_say_nothing_hit_by_chance_and_those_that_are_no_numbers_never(dtype):
-    targets = torch.arange(8)
-    assert top5_hits(torch.ones(8, 40, dtype=dtype), targets).item() == pytest.approx(8 * 5 / 40)
-    assert top5_hits(torch.full((8, 40), float("nan"), dtype=dtype), targets).item() == 0
-    some = torch.arange(40.0, 0, -1).repeat(8, 1).to(dtype)
-    some[3, 3] = float("nan")
-    assert top5_hits(some, targets).item() == 4
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Devices: Apple's mps has no float64, and copies to it that do not wait read memory that may be another's by then
+# Devices: Apple's mps has no float64, and asynchronous copies to it read memory that may have been reused
 
 
 class WithoutFloat64(TorchDispatchMode):
@@ -222,23 +322,28 @@ class WithoutFloat64(TorchDispatchMode):
         return result
 
 
-class WithoutHaste(TorchFunctionMode):
+class WithoutAsynchronousCopies(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         assert not (kwargs or {}).get("non_blocking"), f"{function} does not wait"
         return function(*args, **(kwargs or {}))
 
 
 def test_a_device_without_float64_can_train(run, monkeypatch):
-    assert train.sums_dtype(torch.device("mps")) == torch.float32
-    assert train.sums_dtype(torch.device("cuda")) == train.sums_dtype(torch.device("cpu")) == torch.float64
-    monkeypatch.setattr(train, "sums_dtype", lambda device: torch.float32)
-    with WithoutFloat64(), WithoutHaste():
+    class Float32Sums(train.Sums):
+        def __init__(self, *_):
+            self.names, self.dtype, self.values = [], torch.float32, torch.zeros(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", lambda values, dtype, device: dtype)
+        assert train.Sums({"loss": 1.0}, torch.device("mps"), 0).values == torch.float32
+    monkeypatch.setattr(train, "Sums", Float32Sums)
+    monkeypatch.setattr(train, "pixel_positions", lambda *_: None)  # which are the CPU's
+    with WithoutFloat64(), WithoutAsynchronousCopies():
         run("--epochs", 1, "--print_freq", 2)
 
 
-@pytest.mark.parametrize("wanted", ["auto", "float32", "bfloat16"])
-def test_another_device_than_a_cpu_or_cuda_multiplies_in_float32(wanted, monkeypatch):
+def test_bfloat16_is_for_cpus_and_gpus_that_have_it(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert train.precision(Config(precision=wanted), torch.device("mps")) == "float32"
-    expected = "bfloat16" if wanted == "bfloat16" else "float32"
-    assert train.precision(Config(precision=wanted), torch.device("cpu")) == expected
+    for wanted in ("auto", "float32", "bfloat16"):
+        assert precision(Config(precision=wanted), torch.device("mps")) == torch.float32
+        expected = torch.bfloat16 if wanted == "bfloat16" else torch.float32
+        assert precision(Config(precision=wanted), torch.device("cpu")) == expected

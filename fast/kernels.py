@@ -1,14 +1,14 @@
-"""The time loop of models.DecoderWithAttention for GPUs, fused: same numbers as there, where every step is spelled out.
+"""The time loop of models.DecoderWithAttention for GPUs, fused: the same numbers.
 
-PyTorch starts some twenty kernels for a step and forty for its gradient, most of them too small for a GPU, and writes
+PyTorch launches some twenty kernels per step and forty for its gradient, most of them too small for a GPU, and writes
 the attention's hidden layer, (B, K, P, A), to memory. Here a step is two matrix products and two kernels of our own:
-`attend`, in which a program makes the hidden layer of one caption piece by piece in registers (Eq. 4 to 13), and `cell`
-(Eq. 1 to 3). What all steps add to, the gradients of weights, keys and grids, is summed after the loop. Matrix products
-are in the type of the words' input, bfloat16 under autocast; everything else is worked out in float32. All captions go
-through all steps, as zeros after their end, so that loops of one length start the same kernels every time: in training
-these are recorded as a CUDA graph and started all at once.
+`attend`, which computes the hidden layer of one caption tile by tile in registers (Eq. 4, 5, 13), and `cell` (Eq. 1-3).
+The gradients that all steps add to, of weights, keys and grids, are summed after the loop. Matrix products are in the
+dtype of the words' input, bfloat16 under autocast; everything else is computed in float32. All captions run through all
+steps, as zeros after their end, so that loops of one length launch the same kernels every time: in training these are
+captured as a CUDA graph.
 
-Symbols as in models.py; N = B K captions, W = A + D + 4H what h is multiplied to: query, beta, gates.
+Symbols as in models.py; N = B K captions, W = A + D + 4H the columns h is multiplied to: query, beta, gates.
 """
 import functools
 import warnings
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 
 def are_usable(grid, pool):
-    """Whether the kernels can do it: on a GPU, where a caption's attention fits into registers."""
+    """Whether the kernels can run: on a GPU, where a caption's attention fits into registers."""
     return grid.is_cuda and max(pool.shape) <= 1024 and run_on(grid.device)
 
 
@@ -40,7 +40,7 @@ def run_on(device):
 
 
 class Steps(NamedTuple):
-    """What steps of captions work out, a row each."""
+    """The outputs of time steps, one row per caption and step."""
 
     pre: torch.Tensor  # (n, W): query, beta before its sigmoid, h's part of the gates
     alpha: torch.Tensor  # float32 (n, P)
@@ -52,7 +52,7 @@ class Steps(NamedTuple):
 
 
 def empty_steps(n, grid, pool, keys, like):
-    """Room for n rows, in the type of `like`, which is (..., 4H)."""
+    """Buffers of n rows, in the dtype of `like`, which is (..., 4H)."""
     (P, G), D, A, H = pool.shape, grid.shape[2], keys.shape[2], like.shape[-1] // 4
     exact = torch.float32
     return Steps(*(torch.empty(n, width, dtype=dtype, device=like.device) for width, dtype in (
@@ -61,11 +61,11 @@ def empty_steps(n, grid, pool, keys, like):
 
 
 def step(grid, pool, keys, energy_weight, weights, word_input, h, c, lengths, t, out):
-    """models.DecoderWithAttention.step of all K captions of each picture.
+    """One time step of all K captions of each picture: fast.decoder.FastDecoder.rows_step.
 
     Args:
-        grid, pool, keys: as of models.Pixels. energy_weight: full_att's, (A,). weights: as of step_weights. word_input:
-            (N, 4H). h, c: (N, H). pool, energy_weight and c are float32, all else of one type, to multiply in.
+        grid, pool, keys: see fast.decoder.Pixels. energy_weight: full_att's, (A,). weights: see step_weights.
+            word_input: (N, 4H). h, c: (N, H). pool, energy_weight and c are float32, all else of one dtype.
         lengths: int64 (N,); a caption of no more than t (int) steps has ended, and gives zeros.
         out (Steps): its N rows are filled.
     """
@@ -79,7 +79,7 @@ def step(grid, pool, keys, energy_weight, weights, word_input, h, c, lengths, t,
 
 
 class Loop:
-    """The buffers of a loop of at most T steps, and what runs over them; a CUDA graph of each length it meets again.
+    """The buffers of a loop of at most T steps, and what runs on them; a CUDA graph per length that recurs.
 
     Args:
         grid, pool, keys, energy_weight, h, c, word_input, h_weight, h_bias, context_weight, lengths: as of TimeLoop.
@@ -97,7 +97,7 @@ class Loop:
         self.grad_cells = torch.empty_like(self.steps.cells)
         self.grad_raw = torch.empty_like(self.steps.context)  # of the context before its gate
         self.later_h, self.later_c = (torch.empty_like(x) for x in self.inputs[4:6])  # what later steps hand back
-        self.graphs, self.is_busy = {}, False  # busy: until its gradient has been asked for
+        self.graphs, self.is_busy = {}, False  # busy: until its backward pass has run
 
     def rows(self, t, buffers):
         """The rows of step t."""
@@ -130,39 +130,41 @@ class Loop:
             torch.mm(grad_pre, h_weight, out=self.later_h)
 
     def run(self, what, T):
-        """Run forward or backward: as it is the first time, from then on as a graph."""
+        """Run forward or backward: eagerly the first time, from then on as a CUDA graph."""
         if (what, T) not in self.graphs:
             self.graphs[what, T] = None
             return getattr(self, what)(T)
         if not self.graphs[what, T]:
             self.graphs[what, T] = torch.cuda.CUDAGraph()
-            # Other threads, which copy the next batches, may go on meanwhile.
+            # Other threads, which copy the next batches, may run meanwhile.
             with torch.cuda.graph(self.graphs[what, T], capture_error_mode="thread_local"):
                 getattr(self, what)(T)
         self.graphs[what, T].replay()
 
 
-loops = {}  # the one of the last shapes
+loops = {}  # the loop of the last shapes
 
 
 def find_loop(*given):
-    """A loop with room for these inputs: the last one, where it fits and is free. Args: as of Loop."""
+    """A loop whose buffers fit these inputs: the last one, if it fits and is free. Args: see Loop."""
     word_input, rest = given[6], [*given[:6], *given[7:]]
     shapes = word_input.device, word_input.dtype, word_input.shape[1:], *(x.shape for x in rest)
     if shapes not in loops or loops[shapes].T < len(word_input) or loops[shapes].is_busy:
-        loops.clear()  # at once: memory may not suffice for two
+        loops.clear()  # first: memory may not hold two
         loops[shapes] = Loop(*given)
     return loops[shapes]
 
 
 class TimeLoop(torch.autograd.Function):
-    """The loop of models.DecoderWithAttention.forward and its gradient, back through time.
+    """The loop of models.DecoderWithAttention.forward, and its gradient by backpropagation through time.
 
-    grid (B, G, D), pool (P, G), keys (B, P, A), energy_weight (A,) and its bias (1,), which a softmax ignores, h and c
-    (N, H) before the loop, word_input (T, N, 4H), h_weight (W, H), h_bias (W,), context_weight (4H, D), lengths: int64
-    (N,), how many steps each caption has; is_trained (bool): whether the gradient will be asked for, and the next loop
-    is likely to be of the same shapes -> h after every step, (T, N, H), and alpha, float32 (T, N, P), 0 after a
-    caption's end.
+    Args:
+        grid (B, G, D), pool (P, G), keys (B, P, A), energy_weight (A,), its bias (1,), which a softmax ignores, h and c
+        (N, H) before the loop, word_input (T, N, 4H), h_weight (W, H), h_bias (W,), context_weight (4H, D), lengths:
+        int64 (N,), the steps of each caption; is_trained (bool): a backward pass will follow, and the next loop is
+        likely to have the same shapes.
+    Returns:
+        h after every step, (T, N, H); alpha, float32 (T, N, P), 0 after a caption's end.
     """
 
     @staticmethod
@@ -182,7 +184,7 @@ class TimeLoop(torch.autograd.Function):
     def backward(ctx, grad_h, grad_alpha):
         loop, T, ctx.loop = ctx.loop, ctx.T, None
         if loop is None:
-            raise RuntimeError("the gradient of a fused time loop can be asked for once")
+            raise RuntimeError("the backward pass of a fused time loop can run once")
         grid, _, keys, energy_weight, h, *_, lengths = loop.inputs
         (B, P, A), D, (N, H) = keys.shape, grid.shape[2], h.shape
         loop.grad_h[:T * N].view(T, N, H).copy_(grad_h)
@@ -210,15 +212,15 @@ class TimeLoop(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels; a program is what CUDA calls a block of threads
+# Kernels; Triton's program is CUDA's thread block
 
 KEYS = 64  # pixels, and units of the attention, in a program of keys_gradient
 
 
 def tile_sizes(P, G, part_a):
-    """The powers of two that hold P and G, and how many of A, P, D and G a program takes at a time.
+    """The powers of two that hold P and G, and the tile sizes along A, P, D and G.
 
-    part_a: of A where P is 196. These sizes were the fastest of those tried on an H100.
+    part_a: along A where P is 196. These sizes were the fastest of those tried on an H100.
     """
     PP, GG = triton.next_power_of_2(P), triton.next_power_of_2(G)
     return PP, GG, max(256 * part_a // PP, 4), max(4096 // GG, 4), max(8192 // GG, 16), max(4096 // PP, 4)
@@ -228,7 +230,7 @@ def tile_sizes(P, G, part_a):
 def attend(pre, grid, pool, keys, energy_weight, lengths, t, alpha, cells, context, K: tl.constexpr, A: tl.constexpr,
            D: tl.constexpr, H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, PP: tl.constexpr,
            GG: tl.constexpr, PART_A: tl.constexpr, PART_P: tl.constexpr, PART_D: tl.constexpr, PART_G: tl.constexpr):
-    """A program a caption: pre -> alpha, cells, context."""
+    """One program per caption: pre -> alpha, cells, context."""
     n = tl.program_id(0).to(tl.int64)
     b = n // K
     pre += n * (A + D + 4 * H)
@@ -252,7 +254,7 @@ def attend(pre, grid, pool, keys, energy_weight, lengths, t, alpha, cells, conte
     weights = tl.exp(energy - tl.max(energy, axis=0))
     weights /= tl.sum(weights, axis=0)  # Eq. 5
     tl.store(alpha + n * P + p, weights, p < P)
-    tl.debug_barrier()  # what one thread has written others read
+    tl.debug_barrier()  # other threads read below what one has stored
 
     by_pool = tl.zeros([PART_P, GG], tl.float32)
     for start in range(0, P, PART_P):
@@ -273,7 +275,7 @@ def attend_gradient(grad_context, grad_alpha, pre, grid, pool, keys, energy_weig
                     grad_pre, grad_energy, grad_cells, grad_raw, K: tl.constexpr, A: tl.constexpr, D: tl.constexpr,
                     H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, PP: tl.constexpr, GG: tl.constexpr,
                     PART_A: tl.constexpr, PART_P: tl.constexpr, PART_D: tl.constexpr, PART_G: tl.constexpr):
-    """A program a caption: the gradients of context and alpha -> of query, beta, energies, and the raw context."""
+    """One program per caption: the gradients of context and alpha -> those of query, beta, energies, raw context."""
     n = tl.program_id(0).to(tl.int64)
     b = n // K
     pre += n * (A + D + 4 * H)
@@ -324,7 +326,7 @@ def attend_gradient(grad_context, grad_alpha, pre, grid, pool, keys, energy_weig
 @triton.jit
 def keys_gradient(grad_energy, pre, keys, energy_weight, lengths, grad_keys, grad_energy_weight, N, K: tl.constexpr,
                   A: tl.constexpr, W: tl.constexpr, P: tl.constexpr, KEYS: tl.constexpr):
-    """A program a picture and KEYS x KEYS of its keys: sums over the steps of the picture's captions."""
+    """One program per picture and tile of KEYS x KEYS keys: sums over the steps of the picture's captions."""
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p, a = part * KEYS + tl.arange(0, KEYS), tl.program_id(2) * KEYS + tl.arange(0, KEYS)
     inside = (p[:, None] < P) & (a < A)
@@ -348,7 +350,7 @@ def tanh(x):
 
 @triton.jit(do_not_specialize=("t",))
 def cell(pre, word_gates, c_before, lengths, t, gates, h, c, SKIPPED: tl.constexpr, H: tl.constexpr, HH: tl.constexpr):
-    """A program a caption: Eq. 1 to 3. HH: a power of two that holds H."""
+    """One program per caption: Eq. 1-3. HH: a power of two that holds H."""
     n, unit = tl.program_id(0).to(tl.int64), tl.arange(0, HH)
     inside = unit < H
     is_open = tl.load(lengths + n) > t
@@ -372,7 +374,7 @@ def cell(pre, word_gates, c_before, lengths, t, gates, h, c, SKIPPED: tl.constex
 @triton.jit(do_not_specialize=("t",))
 def cell_gradient(grad_h, later_h, later_c, gates, c, c_before, lengths, t, grad_pre, SKIPPED: tl.constexpr,
                   H: tl.constexpr, HH: tl.constexpr):
-    """A program a caption: the gradient of h -> of the gates before their nonlinearity, and later_c."""
+    """One program per caption: the gradient of h -> that of the gates before their nonlinearity, and later_c."""
     n, unit = tl.program_id(0).to(tl.int64), tl.arange(0, HH)
     place, inside = n * H + unit, (unit < H) & (tl.load(lengths + n) > t)  # where a caption has ended all is 0
     gates += n * 4 * H + unit

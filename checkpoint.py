@@ -1,0 +1,193 @@
+"""Checkpoints: tensors and plain containers only, written whole or not at all, and one way to read them."""
+import io
+import math
+import os
+import re
+import shlex
+import zipfile
+from pathlib import Path
+
+import torch
+
+from config import CHECKPOINT_VERSION, get_config
+from datasets import check_word_map
+from models import build_models
+from utils import UserError, check_members, get_device, replacing
+
+CHECKPOINT, BEST_CHECKPOINT = "checkpoint.pth.tar", "BEST_checkpoint.pth.tar"
+PREVIOUS_CHECKPOINT = "checkpoint.previous.pth.tar"
+FIELDS = {"version", "epoch", "config", "word_map", "encoder", "decoder", "optimizers", "world_size", "progress"}
+
+
+def save_checkpoint(checkpoint, path):
+    """Write a checkpoint whole or not at all; the previous checkpoint.pth.tar is kept beside the new one.
+
+    Args:
+        checkpoint (dict): tensors and plain containers only. path (Path).
+    Raises:
+        UserError: the disk is full or not writable; what was at `path` is untouched.
+    """
+    content = io.BytesIO()  # so that its size is known, and since torch.save does not say why a disk refuses
+    torch.save(checkpoint, content)
+    content = content.getvalue()  # no copy; Python 3.12.1 crashes over a view that an error's traceback keeps
+    previous = path.with_name(PREVIOUS_CHECKPOINT)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, len(content)) as temporary:
+        temporary.write_bytes(content)
+        if path.name == CHECKPOINT and path.exists():
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(path, previous)  # a second name, so that there is a checkpoint at `path` throughout
+            except OSError:  # a file system without links
+                os.replace(path, previous)
+
+
+def load_checkpoint(path):
+    """The one way to read a checkpoint.
+
+    Args:
+        path (str or Path)
+    Returns:
+        dict: version, epoch, config (dict), word_map (dict), encoder, decoder (state dicts), and what resuming needs:
+        optimizers (dict of state dicts), world_size (int), progress (dict: see train.Progress; None where the
+        checkpoint was imported).
+    Raises:
+        UserError: missing, damaged, not a checkpoint, of another version; gives the command that brings the previous
+        checkpoint back where that is intact.
+    """
+    path = Path(path)
+    try:
+        return read_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"{error}{way_back(path)}") from None
+
+
+def read_checkpoint(path):
+    if not path.is_file():
+        other = min(path.parent.glob("*.pth.tar"), default=Path("FILE"))
+        found = f"name one to eval.py or demo.py: --checkpoint {shlex.quote(str(other))}"
+        if other.name.endswith("_.pth.tar"):  # as the original names its own
+            found = f"import the original's: python models/import_original.py {shlex.quote(str(other))} WORDMAP.json"
+        raise UserError(f"{path} does not exist: train a model with train.py, or {found}")
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.load verifies no checksums: a flipped bit would be another weight
+            check_members(file, path)
+            if (part := file.testzip()) is not None:
+                raise ValueError(f"the checksum of {part} is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["version"] == 2:
+            checkpoint = from_version_2(checkpoint)
+        if checkpoint["version"] != CHECKPOINT_VERSION:
+            raise UserError(f"it has version {checkpoint['version']!r:.80}, this code reads {CHECKPOINT_VERSION}")
+        if FIELDS - checkpoint.keys():
+            raise ValueError(f"it has no {min(FIELDS - checkpoint.keys())!r}")
+        for half in ("encoder", "decoder"):
+            if not all(map(is_plain, checkpoint[half].values())):
+                raise ValueError(f"the {half}'s weights are not finite, or not all in the file")
+        if checkpoint["progress"] and not re.fullmatch(r"[\w-]{1,100}", checkpoint["progress"]["run"]):
+            raise ValueError("its run is not the name of a folder")  # a path could lead out of --log_dir
+        check_word_map(checkpoint["word_map"], "it")
+        get_config(trained=checkpoint["config"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # torch.load raises anything on a broken file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is damaged, or not a checkpoint of this repo ({reason[:200]}); one of the original is "
+                        f"imported by models/import_original.py") from None
+    return checkpoint
+
+
+def is_plain(tensor):
+    """Whether this is a plain tensor of finite numbers, all stored in the file: an expanded one can claim any size."""
+    return (type(tensor) is torch.Tensor and tensor.layout is torch.strided and tensor.device.type == "cpu"
+            and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes() and bool(tensor.isfinite().all()))
+
+
+def from_version_2(checkpoint):
+    """Convert a checkpoint of version 2, whose sums were lists and whose progress lay at the top. Returns: dict."""
+    names = "cross_entropy", "coverage", "top5", "tokens", "captions", "images"
+    progress = {name: checkpoint[name] for name in ("run", "batches", "epoch", "batch", "step", "seconds",
+                                                    "epochs_since_improvement", "reading", "entry")}
+    best = checkpoint["best_score"]  # at first of CIDEr alone; a tie with that is no improvement
+    progress.update(
+        sums=dict(zip(names, checkpoint["totals"])), recent=dict(zip(names, checkpoint["recent"])),
+        terms=dict(cross_entropy=("tokens", 1.0), coverage=("captions", float(checkpoint["config"]["alpha_c"])),
+                   top5=("tokens", 0.0)),
+        best=best if isinstance(best, list) else [best, math.inf, math.inf])
+    return {**checkpoint, "version": 3, "progress": progress}
+
+
+def way_back(path):
+    """How to resume from the checkpoint before the one at `path`. Returns: str, "" if there is no intact one."""
+    previous = path.with_name(PREVIOUS_CHECKPOINT)
+    if path.name != CHECKPOINT or not previous.exists():
+        return ""
+    try:
+        epoch = read_checkpoint(previous)["epoch"]
+    except UserError:
+        return ""
+    return (f"; the previous one, after epoch {epoch}, is intact: "
+            f"mv {shlex.quote(str(previous))} {shlex.quote(str(path))}, and --resume continues from there")
+
+
+def load_models(checkpoint, config, source):
+    """The encoder and decoder of a checkpoint.
+
+    Args:
+        checkpoint (dict): of load_checkpoint. config (Config). source: its path, for messages.
+    Returns:
+        Encoder, DecoderWithAttention
+    Raises:
+        UserError: the weights do not fit the settings; found before any memory is allocated for them.
+    """
+    try:
+        for device in ("meta", "cpu"):  # tensors on the meta device have a size, but no memory
+            with torch.device(device):
+                models = build_models(config, len(checkpoint["word_map"]), encoder_weights="none")
+            for module, half in zip(models, ("encoder", "decoder")):
+                # A plain dict, as the metadata of a state dict would remember `assign` for the next time.
+                module.load_state_dict(dict(checkpoint[half]), assign=device == "meta")
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"the weights in {source} are of another architecture than its settings: "
+                        f"{' '.join(str(error).split())[:300]}") from None
+    return models
+
+
+def load_optimizer(optimizer, saved, source):
+    """Load the state of an Adam from a checkpoint: its rate and each parameter's moments.
+
+    Args:
+        optimizer (Adam): of one group. saved (dict): its state dict. source: the checkpoint's path.
+    Raises:
+        UserError: it does not fit the parameters.
+    """
+    own = optimizer.state_dict()  # whether it is fused, and the like, is this version's choice
+    group, parameters = own["param_groups"][0], optimizer.param_groups[0]["params"]
+    try:
+        group["lr"] = saved["param_groups"][0]["lr"]
+        fits = saved["param_groups"][0]["params"] == group["params"] and all(
+            is_plain(x) and x.shape in ((), parameters[number].shape)
+            for number, moments in saved["state"].items() for x in moments.values())
+    except (TypeError, KeyError, IndexError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(f"the optimizer's state in {source} does not fit the parameters that are trained now")
+    optimizer.load_state_dict(dict(own, state=saved["state"]))
+
+
+def open_checkpoint(args):
+    """What eval.py and demo.py begin with: the checkpoint, its settings under the user's flags, and its models.
+
+    Args:
+        args (Namespace): of parse_args; `checkpoint` is a path, or None for the preset's best one.
+    Returns:
+        dict, Config, torch.device, Encoder, DecoderWithAttention, both in eval mode
+    """
+    path = args.checkpoint or Path(get_config(args.preset, args.flags).model_dir) / BEST_CHECKPOINT
+    checkpoint = load_checkpoint(path)
+    config = get_config(flags=args.flags, trained=checkpoint["config"])
+    device = get_device(config)
+    print(f"{path}: epoch {checkpoint['epoch']}, {config.encoder}, {len(checkpoint['word_map'])} words, trained by "
+          f"`{checkpoint.get('command', 'unknown')}`")
+    encoder, decoder = load_models(checkpoint, config, path)
+    return checkpoint, config, device, encoder.to(device).eval(), decoder.to(device).eval()

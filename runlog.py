@@ -1,0 +1,90 @@
+"""The log of a run, a folder in log_dir: TensorBoard events, log.jsonl (a line per epoch) and config.json."""
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from utils import write_text
+from visualize import draw_attention
+
+
+class RunLog:
+    """Creates the folder; in that of a resumed run it drops what was logged after the checkpoint, and adds the epoch
+    that was saved but not logged.
+
+    Args:
+        config (Config). progress (Progress): of train.py. report (dict): of fast.Chosen.
+        checkpoint (dict or None): what the run resumes from. steps (int): per epoch.
+        dataset (CaptionDataset): of validation. positions: of models.pixel_positions.
+    """
+
+    def __init__(self, config, progress, report, checkpoint, steps, dataset, positions):
+        self.folder, self.dataset, self.positions = Path(config.log_dir) / progress.run, dataset, positions
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log, entry, purge_step = self.folder / "log.jsonl", progress.entry, None
+        if not checkpoint or not log.exists():
+            versions = dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__)
+            write_text(self.folder / "config.json", json.dumps(dict(
+                config=vars(config), command=command_line(), git_revision=git_revision(), versions=versions,
+                fast=report), indent=1))
+        if checkpoint:
+            logged, purge_step = progress.epoch, progress.step + (progress.batch < steps)
+            if not progress.batch:  # the checkpoint of a whole epoch is written before the epoch is logged
+                logged, purge_step = max(progress.epoch - 1, 0), entry.get("step", 0)
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if log.exists() else []
+            write_text(log, "".join(lines[:logged]))
+            # TensorBoard reads the files of a run in the order of their names, which begin with the second.
+            last = max((int(path.name.split(".")[3]) for path in self.folder.glob("events.out.tfevents.*")), default=0)
+            time.sleep(min(max(last + 1 - time.time(), 0), 1))
+        self.writer = SummaryWriter(self.folder, purge_step=purge_step)
+        if checkpoint and entry and not progress.batch:
+            self.epoch(entry)
+
+    def reading(self, values, step, group="train"):
+        """Log scalars. Args: values (dict): name -> float. step (int). group (str): the part of a tag before the /."""
+        for name, value in values.items():
+            self.writer.add_scalar(f"{group}/{name}", value, step)
+
+    def epoch(self, entry):
+        """Log an epoch: a line in log.jsonl, its scalars, and the attention on a few validation pictures.
+
+        Args:
+            entry (dict): epoch, step, train, valid, rates, best, epochs_since_improvement; reading: of its last step;
+            pictures: list of dict(row, words, alphas).
+        """
+        line = {name: value for name, value in entry.items() if name not in ("reading", "pictures")}
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for group, values in dict(train=entry["reading"], valid=entry["valid"], epoch=entry["train"]).items():
+            self.reading(values, entry["step"], group)
+        for shown in (shown for shown in entry["pictures"] if shown["row"] < len(self.dataset)):
+            figure = draw_attention(Image.fromarray(self.dataset.images[shown["row"]]), shown["words"],
+                                    shown["alphas"].numpy(), self.positions)
+            self.writer.add_figure(f"attention/{shown['row']}", figure, entry["step"])
+        self.flush()
+
+    def flush(self):
+        self.writer.flush()
+
+    def close(self):
+        self.writer.close()
+
+
+def command_line():
+    return shlex.join(["python", *sys.argv])
+
+
+def git_revision():
+    """The commit of this code, with "+" if it was changed since; "unknown" outside a git checkout. Returns: str."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

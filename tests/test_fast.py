@@ -1,0 +1,330 @@
+"""fast/ gives the numbers of models.py, or steps aside. The kernels are interpreted on the CPU, and run on a GPU."""
+import copy
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from test_models import D, WORD_MAP, batch, decoder, loss_of  # noqa: F401  (fixtures)
+from torch import nn
+
+import fast
+import fast.decoder
+from config import Config
+from fast.decoder import FastDecoder, energy, pool_matrix
+from fast.encoder import FoldedEncoder, Replayed
+from models import Attention, DecoderWithAttention, Encoder, beam_search
+
+kernels = fast.decoder.kernels
+CONFIG = Config(image_size=64, encoder="resnet18", encoder_weights="none", encoded_image_size=6)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """A function after which the kernels are used on the CPU too, run by Triton's interpreter; without graphs."""
+    if kernels is None or torch.cuda.is_available():
+        pytest.skip("the kernels are not interpreted where there is a GPU")
+    if tuple(map(int, kernels.triton.__version__.split(".")[:2])) < (3, 8):
+        pytest.skip("Triton's older interpreters cannot count up to what a kernel has read, with today's NumPy")
+
+    def use():
+        monkeypatch.setattr(kernels, "are_usable", lambda grid, pool: True)
+        monkeypatch.setattr(kernels.Loop, "run", lambda loop, what, T: getattr(loop, what)(T))
+    return use
+
+
+@pytest.fixture(params=["rearranged", "attention as written", "kernels"])
+def quick(request, decoder):  # noqa: F811
+    """The fixture `decoder`, as fast/ runs it."""
+    if request.param == "kernels":
+        request.getfixturevalue("interpreted")()
+    return FastDecoder(decoder, decoder.attention if request.param == "attention as written" else None)
+
+
+def loss_and_gradients(runs, owner, batch):  # noqa: F811
+    grid, captions, lengths = batch
+    leaf = grid.clone().requires_grad_()
+    owner.zero_grad()
+    loss = loss_of(runs, (leaf, captions, lengths), alpha_c=0.7)
+    loss.backward()
+    return loss.item(), {"grid": leaf.grad, **{name: p.grad.clone() for name, p in owner.named_parameters()}}
+
+
+def assert_same(found, expected, tolerance=1e-4):
+    assert found[0] == pytest.approx(expected[0], rel=tolerance / 10)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        # The bias of the energies moves them all alike, which softmax ignores: its gradient is 0, or rounding noise.
+        scale = max(gradient.abs().max().item(), 1e-3)
+        assert (found[1][name] - gradient).abs().max().item() < tolerance * scale, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same numbers
+
+
+def test_loss_and_every_gradient(decoder, quick, batch):  # noqa: F811
+    assert_same(loss_and_gradients(quick, decoder, batch), loss_and_gradients(decoder, decoder, batch))
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_captions_and_their_attention(decoder, quick, beam_size):  # noqa: F811
+    grid = torch.randn(6, 4, 4, D, generator=torch.Generator().manual_seed(5))
+    expected, found = (beam_search(model, grid, beam_size, 9, WORD_MAP) for model in (decoder, quick))
+    assert torch.equal(found.words, expected.words) and torch.equal(found.ended, expected.ended)
+    assert torch.allclose(found.scores, expected.scores, atol=1e-4)
+    assert torch.allclose(found.alphas, expected.alphas, atol=1e-5)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_training_in_bfloat16(decoder, batch, written):  # noqa: F811
+    """Nearly the same; what is summed over alpha stays float32."""
+    quick = FastDecoder(decoder, decoder.attention if written else None)
+    expected = loss_and_gradients(decoder, decoder, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decoder(*batch)[2].dtype == quick(*batch)[2].dtype == torch.float32
+        for runs in (decoder, quick):
+            found = loss_and_gradients(runs, decoder, batch)
+            assert found[0] == pytest.approx(expected[0], rel=2e-2) and found[0] != expected[0]
+            together = [torch.cat([g.flatten() for g in side[1].values()]) for side in (expected, found)]
+            assert (together[1] - together[0]).norm() < 0.1 * together[0].norm()
+
+
+@pytest.mark.parametrize("height, width, side", [(8, 8, 14), (4, 4, 14), (7, 5, 3), (8, 8, 8), (1, 1, 4)])
+def test_pool_matrix_is_adaptive_average_pooling(height, width, side):
+    grid = torch.randn(2, height, width, 5)
+    pooled = nn.functional.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), side).flatten(2).transpose(1, 2)
+    assert torch.allclose(pool_matrix(height, width, side) @ grid.flatten(1, 2), pooled, atol=1e-6)
+
+
+def test_training_keeps_no_hidden_layer_of_the_attention(decoder, batch, monkeypatch):  # noqa: F811
+    """Neither the layer nor anything as large as one picture's part of it, at any step, where it is compiled."""
+    monkeypatch.setattr(fast.decoder, "LARGE", 0)
+    largest = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: largest.append(x.numel()) or x, lambda x: x):
+        loss = loss_of(FastDecoder(decoder), batch, alpha_c=0.7)
+    per_picture = 5 * 6**2 * 20
+    assert max(largest) < max(per_picture, 3 * max(parameter.numel() for parameter in decoder.parameters()))
+    assert loss.item() == pytest.approx(loss_of(decoder, batch, alpha_c=0.7).item(), rel=1e-5)
+
+
+def test_without_a_compiler_a_warning_says_what_is_lost(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: lambda *inputs: 1 / 0)
+    fast.decoder.compiled.cache_clear()
+    inputs = torch.randn(3, 7, 4), torch.randn(3, 5, 4), torch.randn(4)
+    with pytest.warns(match="division by zero.*C.. compiler"):
+        found = fast.decoder.compiled(energy)(*inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(fast.decoder.compiled(energy)(*inputs), found) and torch.equal(found, energy(*inputs))
+    fast.decoder.compiled.cache_clear()
+
+
+def encoder_with_statistics(name):
+    torch.manual_seed(0)
+    encoder = Encoder(name, "none")
+    for norm in (module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.running_mean.normal_(0, 0.1)
+        norm.running_var.uniform_(0.5, 2)
+        norm.weight.data.uniform_(0.2, 1)
+        norm.bias.data.normal_(0, 0.1)
+    return encoder
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_folded_encoder_gives_the_same_and_leaves_the_other_alone(name):
+    encoder = encoder_with_statistics(name)
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    folded = FoldedEncoder(encoder)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    expected = encoder.eval()(images)
+    assert torch.allclose(folded(images), expected, atol=1e-4 * expected.abs().max().item())
+    assert not any(p.requires_grad for p in folded.parameters())
+    assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
+
+
+def test_a_second_loop_of_kernels_before_the_first_one_s_gradient(decoder, batch, interpreted):  # noqa: F811
+    grid, captions, lengths = batch
+    others = grid.flip(0), captions.flip(0), lengths.flip(0)
+    expected = [loss_and_gradients(decoder, decoder, part)[1]["fc.weight"] for part in (batch, others)]
+    interpreted()
+    decoder.zero_grad()
+    losses = [loss_of(FastDecoder(decoder), part, alpha_c=0.7) for part in (batch, others)]
+    with torch.no_grad():
+        loss_of(FastDecoder(decoder), batch)
+    for loss in losses:
+        loss.backward(retain_graph=True)
+    assert torch.allclose(decoder.fc.weight.grad, sum(expected), atol=1e-6)
+    with pytest.raises(RuntimeError, match="once"):
+        losses[0].backward()
+
+
+def test_where_triton_does_not_work_a_warning_says_so(monkeypatch):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kernels.run_on.cache_clear()
+    assert kernels.run_on(device)
+    kernels.run_on.cache_clear()
+    monkeypatch.setattr(kernels, "cell", {(1,): lambda *args: 1 / 0})
+    with pytest.warns(UserWarning, match="division by zero.*C compiler"):
+        assert not kernels.run_on(device)
+    kernels.run_on.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_repeated_steps_on_a_gpu(decoder, batch):  # noqa: F811
+    decoder, (grid, captions, lengths) = decoder.cuda(), batch
+    for generation in range(4):  # as it is, recorded, replayed
+        part = grid.roll(generation, 0).cuda(), captions.roll(generation, 0).cuda(), lengths.roll(generation, 0)
+        assert_same(loss_and_gradients(FastDecoder(decoder), decoder, part),
+                    loss_and_gradients(decoder, decoder, part), 1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_frozen_encoder_as_a_graph(monkeypatch):
+    """Two batches are two results, though the graph has one buffer."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    encoder = Encoder("resnet18", "none").cuda().eval()
+    replayed = Replayed(FoldedEncoder(encoder))
+    batches = [torch.randint(0, 256, (size, 64, 64, 3), dtype=torch.uint8, device="cuda") for size in (4, 4, 3)]
+    for found, expected in [(replayed(images), encoder(images)) for images in batches]:
+        assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max().item())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The door: whoever edits models.py gets what it says
+
+
+class Tanh(Attention):
+    def forward(self, a, keys, h):
+        hidden = torch.tanh(keys.unsqueeze(1) + self.decoder_att(h).unsqueeze(2))
+        alpha = torch.softmax(self.full_att(hidden).squeeze(3).float(), dim=2)
+        return alpha @ a, alpha
+
+
+class DotProduct(Attention):
+    def __init__(self, encoder_dim, decoder_dim, attention_dim):
+        super().__init__(encoder_dim, decoder_dim, attention_dim)
+        del self.full_att
+
+    def forward(self, a, keys, h):
+        alpha = torch.softmax((self.decoder_att(h) @ keys.transpose(1, 2)).float() / keys.shape[2] ** 0.5, dim=2)
+        return alpha @ a, alpha
+
+
+class Normalised(DecoderWithAttention):
+    """A LayerNorm in the LSTM's input."""
+
+    def __init__(self, *dims):
+        super().__init__(*dims)
+        self.norm = nn.LayerNorm(self.decode_step.input_size)
+
+    def step(self, features, words, h, c):
+        z, alpha = self.attention(*features, h)
+        x = self.norm(torch.cat([self.embedding(words), torch.sigmoid(self.f_beta(h)) * z], dim=2))
+        h, c = self.decode_step(x.flatten(0, 1), (h.flatten(0, 1), c.flatten(0, 1)))
+        return h.view(*words.shape, -1), c.view(*words.shape, -1), alpha
+
+
+class Dropped(DecoderWithAttention):
+    """Dropout on the initial state too, which only training shows."""
+
+    def start(self, grid, K):
+        features, h, c = super().start(grid, K)
+        return features, self.dropout(h), c
+
+
+class SqueezeAndExcitation(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.excite = block, nn.Linear(block.bn2.num_features, block.bn2.num_features)
+
+    def forward(self, x):
+        x = self.block(x)
+        return x * torch.sigmoid(self.excite(x.mean(dim=(2, 3))))[:, :, None, None]
+
+
+DIMS = 20, 12, 16, len(WORD_MAP), D, 0.5, 6
+ATTENTION, WRITTEN = "fast, but attention as written: models.py ", "as written: models.py "
+DECODERS = {  # how the decoder is edited, and what is said of it
+    "nothing": (DecoderWithAttention, None, "fast"),
+    "tanh": (DecoderWithAttention, dict(attention=Tanh(D, 16, 20)), ATTENTION + "gives another score"),
+    "dot product": (DecoderWithAttention, dict(attention=DotProduct(D, 16, 20)), ATTENTION + "has no attention.full"),
+    "a scalar gate": (DecoderWithAttention, dict(f_beta=nn.Linear(16, 1)), ATTENTION + "has another f_beta.weight"),
+    "a LayerNorm": (Normalised, None, WRITTEN + "has another norm.weight"),
+    "dropout": (Dropped, None, WRITTEN + "gives another score"),
+}
+
+
+@pytest.mark.parametrize("on", ["cpu", "kernels", "cuda"])
+@pytest.mark.parametrize("edit", DECODERS)
+def test_an_edited_decoder_is_believed(edit, on, request, batch):  # noqa: F811
+    """Loss and every gradient of a training step are those of models.py, and the line says what differs."""
+    if on == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if on == "kernels":
+        request.getfixturevalue("interpreted")()
+    kind, parts, line = DECODERS[edit]
+    torch.manual_seed(0)
+    model = kind(*DIMS)
+    for name, part in (parts or {}).items():
+        setattr(model, name, copy.deepcopy(part))
+    grid, captions, lengths = batch
+    device = torch.device("cuda" if on == "cuda" else "cpu")
+    model, grid, captions = model.to(device), grid.to(device), captions.to(device)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    runs, report = fast.choose_decoder(model, torch.rand(2, 4, 4, D).to(device))
+    assert report.startswith(line)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    sides = []
+    for side in (model, runs):
+        torch.manual_seed(7)  # dropout
+        side.train()
+        sides.append(loss_and_gradients(side, model, (grid, captions, lengths)))
+    assert_same(sides[1], sides[0], 1e-3)
+
+
+def squeeze_and_excite(encoder):
+    encoder.resnet[7][1] = SqueezeAndExcitation(encoder.resnet[7][1])
+
+
+ENCODERS = {  # how the encoder is edited, and what is said of it
+    "nothing": (lambda encoder: None, "fast"),
+    "squeeze and excitation": (squeeze_and_excite, "as written: "),
+    "normalisation": (lambda encoder: encoder.mean.add_(40), "fast"),
+    "a grid that is scaled": (lambda encoder: encoder.register_forward_hook(lambda *args: 2 * args[2]),
+                              "as written: models.py gives another grid"),
+}
+
+
+@pytest.mark.parametrize("edit", ENCODERS)
+def test_an_edited_encoder_is_believed(edit):
+    """The grid is that of models.py, in training and in evaluation; random numbers of the run stay as they were."""
+    change, line = ENCODERS[edit]
+    encoder, decoder = encoder_with_statistics("resnet18"), DecoderWithAttention(20, 12, 16, 40, 512)  # noqa: F811
+    change(encoder)
+    numbers = torch.random.get_rng_state()
+    chosen = fast.choose(encoder, decoder, CONFIG, torch.float32)
+    assert torch.equal(torch.random.get_rng_state(), numbers)
+    assert chosen.report["encoder"].startswith(line) and chosen.report["decoder"] == "fast", chosen.report
+    images = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = encoder.eval()(images)
+    for runs in (chosen.encoder, chosen.training_encoder):
+        assert torch.allclose(runs.train()(images), expected, atol=1e-3 * expected.abs().max().item())
+
+
+def test_fast_false_runs_models_py(decoder):  # noqa: F811
+    encoder = Encoder("resnet18", "none")
+    chosen = fast.choose(encoder, decoder, dataclasses.replace(CONFIG, fast=False), torch.float32)
+    assert chosen.encoder is chosen.training_encoder is encoder and chosen.decoder is decoder
+    assert set(chosen.report.values()) == {"as written (--fast false)"}
+
+
+def test_an_encoder_that_is_trained_runs_as_written():
+    encoder, decoder = Encoder("resnet18", "none"), DecoderWithAttention(20, 12, 16, 40, 512)  # noqa: F811
+    config = dataclasses.replace(CONFIG, fine_tune_encoder=True)
+    assert fast.choose(encoder, decoder, config, torch.float32).training_encoder is encoder
+    assert isinstance(fast.choose(encoder, decoder, config).encoder, FoldedEncoder)
+
+
