@@ -287,7 +287,7 @@ class Sums:
     def add(self, numbers):
         """Args: numbers (dict): name -> 0-dim tensor. Other names than so far begin new sums."""
         values = torch.stack([value.to(self.dtype) for value in numbers.values()])
-        self.values = values + self.values if self.names == list(numbers) else values
+        self.values = self.values + values if self.names == list(numbers) else values
         self.names = list(numbers)
 
     def of_all_processes(self):

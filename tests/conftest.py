@@ -66,12 +66,6 @@ def files_under(folder):
             for path in sorted(Path(folder).rglob("*"))}
 
 
-# What a checkpoint needs besides weights, settings and word map; of a run that has not begun.
-NOT_BEGUN = dict(epoch=0, batch=0, step=0, totals=[0.0] * 6, recent=[0.0] * 6, seconds=0.0,
-                 best_score=[0.0] * 3, epochs_since_improvement=0, run="run", reading={}, entry={}, batches={},
-                 world_size=1, optimizers={})
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The folder of a tiny sample set, drawn and preprocessed: 12 + 4 + 4 pictures of 64 pixels. Not to be written to.

