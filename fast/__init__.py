@@ -78,7 +78,7 @@ def choose_decoder(decoder, grid):
     try:
         expected = outcomes(twin, twin, grid)
     except Exception as error:  # whatever an edited decoder makes of these arguments
-        return decoder, f"as written: models.py cannot be called as fast/ calls it ({type(error).__name__})"
+        return decoder, f"as written: models.py cannot be called as fast/ calls it ({type(error).__name__}: {error})"
     reason = other_way(FastDecoder, twin, grid, expected)
     if not reason:
         return FastDecoder(decoder), "fast"
@@ -93,7 +93,7 @@ def other_way(build, twin, grid, expected):
         reason = other_parameters(twin) if build is FastDecoder else None
         return reason or difference(outcomes(build(twin), twin, grid), expected)
     except Exception as error:  # whatever an edited decoder leads the rearranged one to
-        return f"fast/ cannot follow models.py ({type(error).__name__})"
+        return f"fast/ cannot follow models.py ({type(error).__name__}: {str(error):.80})"
 
 
 def outcomes(runs, owner, grid):

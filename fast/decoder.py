@@ -63,7 +63,7 @@ class FastDecoder(nn.Module):
         """Everything about the pictures that no step changes. Args: grid (B, h, w, D). Returns: Pixels."""
         pool = pool_matrix(*grid.shape[1:3], self.encoded_image_size, grid.device)
         grid = grid.flatten(1, 2)
-        if self.written:
+        if self.written is not None:
             a = pool @ grid
             return Pixels(a, None, self.written.keys(a))  # pooled already
         attention = self.decoder.attention.encoder_att
@@ -71,7 +71,7 @@ class FastDecoder(nn.Module):
         return Pixels(grid, pool, pool @ F.linear(grid, attention.weight) + attention.bias)
 
     def init_hidden_state(self, pixels):
-        if self.written:
+        if self.written is not None:
             mean = pixels.grid.mean(dim=1)
         else:
             mean = (pixels.pool.mean(dim=0, keepdim=True) @ pixels.grid).squeeze(1)  # (B, D)
@@ -88,8 +88,9 @@ class FastDecoder(nn.Module):
         Returns:
             weight (W, H) and bias (W,) of h, weight (4H, D) of the context.
         """
-        cell, parts = self.decoder.decode_step, [self.decoder.attention.decoder_att, self.decoder.f_beta]
-        parts = parts[1:] if self.written else parts
+        cell, parts = self.decoder.decode_step, [self.decoder.f_beta]
+        if self.written is None:
+            parts = [self.decoder.attention.decoder_att, *parts]
         return (torch.cat([*(part.weight for part in parts), cell.weight_hh]),
                 torch.cat([*(part.bias for part in parts), cell.bias_hh]), cell.weight_ih[:, self.embed_dim:])
 
@@ -104,7 +105,7 @@ class FastDecoder(nn.Module):
         """
         B, width = len(pixels.keys), query.shape[1]
         query = query.new_zeros(B * K, width).index_copy(0, place, query).view(B, K, width)
-        if self.written:
+        if self.written is not None:
             run = compiled(self.written) if is_large(pixels.keys, K) else self.written
             context, alpha = run(pixels.grid, pixels.keys, query)
         else:
@@ -128,7 +129,7 @@ class FastDecoder(nn.Module):
         h_weight, h_bias, context_weight = weights
         H, D = h.shape[1], self.decoder.f_beta.out_features
         query, beta, gates = torch.addmm(h_bias, h, h_weight.T).split([len(h_weight) - D - 4 * H, D, 4 * H], dim=1)
-        context, alpha = self.attend(pixels, h if self.written else query, place, K)
+        context, alpha = self.attend(pixels, query if self.written is None else h, place, K)
         context = torch.sigmoid(beta) * context  # section 4.2.1
         gates = torch.addmm(gates + word_input, context, context_weight.T)
         i, f, g, o = gates.chunk(4, dim=1)  # Eq. 1; PyTorch's order, in which g is the input modulator
@@ -234,7 +235,7 @@ def other_parameters(decoder):
                 **{f"{name}.weight": shape for name, shape in layers.items()},
                 **{f"{name}.bias": shape[:1] for name, shape in layers.items()}}
     name = next((name for name in {**found, **expected} if found.get(name) != expected.get(name)), None)
-    return name and f"models.py has {'another' if name in found else 'no'} {name}"
+    return name and f"models.py has {'no' if name not in found else 'another' if name in expected else 'a new'} {name}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
