@@ -3,6 +3,7 @@ import collections
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,21 @@ def files_under(folder):
     """Everything below a folder, with its content. Returns: dict, relative path -> bytes, or None for a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
             for path in sorted(Path(folder).rglob("*"))}
+
+
+SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run of train.main in this process leaves its handlers, which a process forked later would inherit: it could
+    not be terminated.
+    """
+    for number, handler in SIGNALS.items():
+        signal.signal(number, handler)
+    yield
+    for number, handler in SIGNALS.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
