@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from config import Config
 from utils import precision
 
+pytestmark = pytest.mark.paper  # the diffs are of the unedited file
 PAGE = (ROOT / "docs" / "changing.md").read_text(encoding="utf-8")
 CHANGES = "dot product", "heads", "backbone", "entropy", "data"  # in the page's order
 

@@ -38,7 +38,8 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     encoder, decoder = build_models(config, len(word_map), encoder_weights="none")
     decoder.fc.bias.data[1] = 9
-    decoder.attention.full_att.weight.data *= 50  # for an attention that is not even
+    for parameter in decoder.attention.parameters():
+        parameter.data *= 7  # for an attention that is not even
     path = tmp_path_factory.mktemp("hostile") / "hostile.pth.tar"
     save_checkpoint(dict(version=CHECKPOINT_VERSION, config=dataclasses.asdict(config), word_map=word_map, epoch=7,
                          encoder=encoder.state_dict(), decoder=decoder.state_dict(), progress=None, optimizers={},

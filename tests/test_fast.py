@@ -14,6 +14,7 @@ from fast.decoder import FastDecoder, energy, pool_matrix
 from fast.encoder import FoldedEncoder, Replayed
 from models import Attention, DecoderWithAttention, Encoder, beam_search
 
+pytestmark = pytest.mark.paper
 kernels = fast.decoder.kernels
 CONFIG = Config(image_size=64, encoder="resnet18", encoder_weights="none", encoded_image_size=6)
 

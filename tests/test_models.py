@@ -11,7 +11,7 @@ from datasets import END, PAD, START, UNK
 from models import (DecoderWithAttention, Encoder, beam_search, caption_loss, first_largest, load_resnet,
                     pixel_positions)
 
-B, K, T, D, A, E, H, SIDE = 3, 5, 9, 24, 20, 12, 16, 6
+B, K, T, D, A, E, H, SIDE = 3, 5, 9, 32, 24, 12, 16, 6
 
 
 def make_word_map(v):
@@ -93,6 +93,7 @@ def plain_loss(model, batch, alpha_c=1.0):
     return reference.caption_loss(scores, alphas, captions, lengths, alpha_c)
 
 
+@pytest.mark.paper
 def test_loss_and_every_gradient_equal_the_plain_implementation(decoder, batch):
     grid, captions, lengths = batch
     losses, gradients = [], []
@@ -110,6 +111,7 @@ def test_loss_and_every_gradient_equal_the_plain_implementation(decoder, batch):
         assert (gradients[0][name] - expected).abs().max().item() < 1e-4 * scale, name
 
 
+@pytest.mark.paper
 def test_without_the_doubly_stochastic_term_too(decoder, batch):
     assert loss_of(decoder, batch, 0.0).item() == pytest.approx(plain_loss(plain(decoder), batch, 0.0).item(), rel=1e-5)
     assert loss_of(decoder, batch, 1.0).item() > loss_of(decoder, batch, 0.0).item()
@@ -153,6 +155,7 @@ def test_padding_and_missing_captions_change_nothing(decoder, batch):
     assert loss_of(decoder, (grid, longer, lengths)).item() == pytest.approx(loss_of(decoder, batch).item(), rel=1e-6)
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("beam_size", [1, 2, 3, 5, 20])
 def test_beam_search_equals_one_picture_at_a_time(decoder, beam_size):
     grid = torch.randn(10, 4, 4, D, generator=torch.Generator().manual_seed(2))
@@ -245,6 +248,7 @@ def test_pictures_do_not_influence_each_other(decoder):
 # Encoder
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("name, dim", [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048)])
 def test_encoder_equals_the_plain_one(name, dim):
     torch.manual_seed(0)
@@ -325,6 +329,7 @@ def test_no_network_for_the_imagenet_weights(monkeypatch, tmp_path):
     assert str(tmp_path) in str(raised.value) and "resnet18" in str(raised.value)
 
 
+@pytest.mark.paper
 def test_the_parameters_have_the_original_s_names():
     names = set(dict(DecoderWithAttention(A, E, H, 10, D).named_parameters()))
     layers = (*(f"attention.{name}_att" for name in ("encoder", "decoder", "full")), "init_h", "init_c", "f_beta", "fc")

@@ -27,6 +27,7 @@ def test_other_captions_than_the_references_are_refused():
         run.check("eval_beam5", dict(captions=[[1, 2]]), dict(captions=[[1, 3]]))
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("encoder, start, other", [("resnet50", "features", dict(as_written=True)),
                                                    ("resnet18", "pixels", dict(start="kept"))])
 def test_both_sides_of_training_agree(encoder, start, other, monkeypatch):
