@@ -16,6 +16,7 @@ from utils import UserError, check_members, get_device, replacing
 
 CHECKPOINT, BEST_CHECKPOINT = "checkpoint.pth.tar", "BEST_checkpoint.pth.tar"
 PREVIOUS_CHECKPOINT = "checkpoint.previous.pth.tar"
+CROSS_ENTROPY_CHECKPOINT = "BEST_cross_entropy_checkpoint.pth.tar"  # what self-critical training began from
 FIELDS = {"version", "epoch", "config", "word_map", "encoder", "decoder", "optimizers", "world_size", "progress"}
 
 

@@ -32,7 +32,7 @@ class Config:
     dropout: float = 0.5  # on the LSTM state, before the words are scored
 
     # optimisation
-    epochs: int = 120  # at most; early stopping usually ends the run earlier
+    epochs: int = 120  # at most, of either phase; early stopping usually ends it earlier
     batch_size: int = 32  # pictures per step, over all processes together, each with all its captions
     fine_tune_encoder: bool = False  # train the encoder too: layer2 to layer4, or all of it where it starts random
     encoder_lr: float = 1e-4  # Adam, when fine-tuning
@@ -42,6 +42,13 @@ class Config:
     lr_decay: float = 0.8  # both rates are multiplied by this ...
     lr_decay_epochs: int = 8  # ... after this many epochs in a row without a better score
     early_stop_epochs: int = 20  # the run ends after this many epochs in a row without a better score
+
+    # self-critical training: a second phase of a run, which optimises the CIDEr-D of sampled captions
+    self_critical: bool = False  # with --resume: begin that phase from the best checkpoint, or continue it
+    samples: int = 5  # captions drawn per picture and step
+    self_critical_lr: float = 5e-5  # Adam, begun anew, of the decoder and, when fine-tuning, the encoder
+    self_critical_clip: float = 0.1  # each component of the gradient is clipped to +-0.1; 0: no clipping
+    self_critical_xe: float = 0.0  # weight of the first phase's loss, of the true captions, beside the policy gradient
 
     # run
     model_dir: str = "models"  # checkpoint.pth.tar, BEST_checkpoint.pth.tar
@@ -56,21 +63,19 @@ class Config:
     cache_features: bool = False  # run a frozen encoder once and keep its features in data_dir: 262 KB per picture
 
     def __post_init__(self):
-        at_least = dict(image_size=32, captions_per_image=1, max_len=1, min_word_freq=1, max_bad_images=0,
-                        encoded_image_size=1, emb_dim=1, attention_dim=1, decoder_dim=1, dropout=0, epochs=1,
-                        batch_size=1, encoder_lr=0, decoder_lr=0, grad_clip=0, alpha_c=0, lr_decay=0,
-                        lr_decay_epochs=1, early_stop_epochs=1, print_freq=1, checkpoint_minutes=0, seed=0, workers=0)
+        at_least = dict(image_size=32, captions_per_image=1, max_len=1, min_word_freq=1, encoded_image_size=1,
+                        emb_dim=1, attention_dim=1, decoder_dim=1, epochs=1, batch_size=1, lr_decay_epochs=1,
+                        early_stop_epochs=1, samples=2, print_freq=1, seed=0, workers=0)
         at_most = dict(max_bad_images=1, dropout=1, lr_decay=1, image_size=4096, max_len=200,
                        encoded_image_size=256, workers=256,
                        seed=2**32 - 1)  # epoch and rank are mixed in, within 64 bits
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is float and type(value) is int:
-                continue
-            if type(value) is not field.type:
+            if type(value) is not field.type and not (field.type is float and type(value) is int):
                 raise UserError(f"--{field.name} must be {field.type.__name__}, not {value!r:.200}")
             if field.type is str and not is_path(value):
                 raise UserError(f"--{field.name} cannot be {value!r:.200}")
+        at_least |= {field.name: 0 for field in dataclasses.fields(self) if field.type is float}
         for name, bound in at_least.items():
             if not getattr(self, name) >= bound:
                 raise UserError(f"--{name} must be at least {bound}, not {getattr(self, name)}")
@@ -95,7 +100,7 @@ PRESETS = {
     "sample": dict(data_dir="data/sample", model_dir="models/sample", log_dir="logs/sample", image_size=160,
                    encoder="resnet18", encoder_weights="none", fine_tune_encoder=True, encoded_image_size=5,
                    emb_dim=128, attention_dim=256, decoder_dim=256, dropout=0.1, epochs=5, batch_size=10,
-                   encoder_lr=8e-4, decoder_lr=1e-3, alpha_c=0.1, lr_decay=0.5, lr_decay_epochs=1,
+                   encoder_lr=8e-4, decoder_lr=1e-3, alpha_c=0.1, lr_decay=0.5, lr_decay_epochs=1, self_critical_xe=1.0,
                    precision="bfloat16", workers=0),
     # 6,000 photographs are overfitted soon: the rates fall and the run ends earlier. The default min_word_freq keeps
     # 2,109 words; 3.6 % of the words of the validation captions are not among them.

@@ -24,7 +24,7 @@ import torchvision
 from torch import nn
 
 from datasets import END, PAD, START, UNK, decode_caption, word_list
-from utils import UserError
+from utils import UserError, to_device
 
 
 class Encoder(nn.Module):
@@ -211,6 +211,39 @@ def caption_loss(scores, targets, alphas, caption_lengths, config):
         top5=Term(top5_hits(scores.detach(), targets), "tokens"))
 
 
+def self_critical_loss(scores, targets, caption_lengths, rewards, word_map):
+    """The policy gradient of sampled captions (Rennie et al. 2017, arXiv 1612.00563) by the terms' names.
+
+    A sample's baseline is the mean reward of the picture's other samples (Luo 2020, arXiv 2003.09971), which leaves the
+    gradient's expectation as it is and lowers its variance.
+
+    Args:
+        scores, targets: as DecoderWithAttention.forward gives them for the samples. caption_lengths: (B, K), K >= 2.
+        rewards: (B, K). word_map (dict).
+    Returns:
+        dict: see caption_loss.
+    """
+    K = rewards.shape[1]
+    advantages = (rewards - rewards.mean(dim=1, keepdim=True)) * K / (K - 1)
+    steps = to_device((caption_lengths - 1).flatten(), scores.device)  # a caption's tokens
+    advantages = advantages.to(scores.dtype).flatten().repeat_interleave(steps, output_size=len(targets))  # (M,)
+    log_p = log_policy(scores, word_map).gather(1, targets[:, None]).squeeze(1)
+    return dict(
+        policy_gradient=Term(-(advantages * log_p).sum(), "tokens", 1.0),
+        reward=Term(rewards.sum(), "captions"),
+        reward_spread=Term(rewards.std(dim=1).sum() * K, "captions"))  # between the samples of a picture
+
+
+def log_policy(scores, word_map):
+    """Log-probabilities of the next word in a generated caption, which has no <pad>, <start> or <unk>.
+
+    Args: scores (..., V). Returns: float32 (..., V).
+    """
+    never = torch.zeros(scores.shape[-1], dtype=torch.bool)
+    never[[word_map[PAD], word_map[START], word_map[UNK]]] = True
+    return F.log_softmax(scores.float().masked_fill(to_device(never, scores.device), -torch.inf), dim=-1)
+
+
 def top5_hits(scores, targets):
     """How many targets are among the five best-scored words; of equal scores each is as likely to be among them.
 
@@ -219,6 +252,32 @@ def top5_hits(scores, targets):
     target = scores.gather(1, targets[:, None])
     places, equal = 5 - (scores > target).sum(dim=1), (scores == target).sum(dim=1)
     return (torch.minimum(places.clamp(min=0), equal) / equal.clamp(min=1)).sum()
+
+
+@torch.no_grad()
+def sample(decoder, grid, draws, word_map):
+    """Captions whose every word is drawn from the model's own distribution.
+
+    Args:
+        decoder (DecoderWithAttention). grid: (B, h, w, D). word_map (dict).
+        draws: float32 (B, K, T), uniform in [0, 1): what draws the words of K captions per picture, of T steps at most.
+    Returns:
+        captions int64 (B, K, T' + 1), <start> first, <pad> after <end>; caption_lengths int64 (B, K), <start> and <end>
+        counted.
+    """
+    features, h, c = decoder.start(grid, draws.shape[1])
+    captions = [torch.full(draws.shape[:2], word_map[START], device=grid.device)]
+    active = torch.ones_like(captions[0], dtype=torch.bool)
+    for draw in draws.unbind(dim=2):
+        h, c, _ = decoder.step(features, captions[-1], h, c)
+        cumulative = log_policy(decoder.fc(h), word_map).exp().cumsum(dim=2)
+        word = torch.searchsorted(cumulative, draw.unsqueeze(2) * cumulative[:, :, -1:], right=True).squeeze(2)
+        captions.append(word.where(active, word_map[PAD]))
+        active = active & (word != word_map[END])
+        if not active.any():
+            break
+    captions = torch.stack(captions, dim=2)
+    return captions, (captions != word_map[PAD]).sum(dim=2)
 
 
 class Captions(NamedTuple):

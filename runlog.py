@@ -35,9 +35,9 @@ class RunLog:
                 config=vars(config), command=command_line(), git_revision=git_revision(), versions=versions,
                 fast=report), indent=1))
         if checkpoint:
-            logged, purge_step = progress.epoch, progress.step + (progress.batch < steps)
+            logged, purge_step = progress.epoch - progress.began, progress.step + (progress.batch < steps)
             if not progress.batch:  # the checkpoint of a whole epoch is written before the epoch is logged
-                logged, purge_step = max(progress.epoch - 1, 0), entry.get("step", 0)
+                logged, purge_step = max(logged - 1, 0), entry.get("step", 0)
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if log.exists() else []
             write_text(log, "".join(lines[:logged]))
             # TensorBoard reads the files of a run in the order of their names, which begin with the second.

@@ -4,6 +4,8 @@
 pycocoevalcap with the `java` on the PATH, for at most JAVA_SECONDS.
 """
 import collections
+import itertools
+import math
 import re
 import subprocess
 import tempfile
@@ -11,15 +13,16 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from nltk.translate.bleu_score import corpus_bleu
 from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor import meteor as meteor_module
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 
 from datasets import END, PAD, START, UNK, tokenize
-from utils import UserError, write_text
+from utils import UserError, precise, to_device, write_text
 
 JAVA_SECONDS = 300  # METEOR of 30,000 pictures takes a tenth of that
 # Thresholds for a warning. Two random pictures hardly ever deserve the same caption, while a model with ten captions
@@ -27,10 +30,11 @@ JAVA_SECONDS = 300  # METEOR of 30,000 pictures takes a tenth of that
 SAME_CAPTION, ENOUGH_PICTURES = 0.1, 20
 STILL = 0.01  # of the picture's side: a seventh of one of 14 cells
 UNIFORM = 0.99  # of the entropy of a uniform map: as if spread evenly over 186 of 196 pixels
+BAD_ENDINGS = "的", "在", "着", "和", "一个"  # words that end no Chinese sentence
 
 
 def score(hypotheses, references):
-    """BLEU-1 to 4 (nltk, corpus level, closest reference length), ROUGE-L and CIDEr-D (pycocoevalcap).
+    """BLEU-1 to 4 (nltk, corpus level, closest reference length), ROUGE-L (pycocoevalcap) and CIDEr-D (CiderD).
 
     Args:
         hypotheses (list of lists of str): one per picture.
@@ -48,7 +52,7 @@ def score(hypotheses, references):
     human, generated = join_words(hypotheses, references)
     scores = {f"BLEU-{n}": float(value) for n, value in zip((1, 2, 3, 4), bleu)}
     scores["ROUGE-L"] = float(Rouge().compute_score(human, generated)[0])
-    scores["CIDEr"] = float(Cider().compute_score(human, generated)[0])
+    scores["CIDEr"] = cider(*zip(*pairs)).mean().item()
     return scores
 
 
@@ -56,6 +60,95 @@ def join_words(hypotheses, references):
     """The input of pycocoevalcap. Args: see score. Returns: two dicts, picture -> sentences: human, generated."""
     human = {i: [" ".join(words) for words in captions] for i, captions in enumerate(references) if captions}
     return human, {i: [" ".join(hypotheses[i])] for i in human}
+
+
+class CiderD:
+    """CIDEr-D (Vedantam et al. 2015, arXiv 1411.5726, section 4; n-grams up to 4, sigma 6) of captions of word ids.
+
+    Equal to pycocoevalcap's. Whether <end> is a word is decided by whether the captions contain it.
+
+    Args:
+        references: int64 (N, R, T) on the device that computes, words from 1 on, 0 after a caption and where there is
+            none: the pictures that document frequencies are counted in, each with up to R captions.
+        vocab_size (int): ids are less than this; up to 55,000 no two n-grams can be taken for each other.
+    """
+
+    def __init__(self, references, vocab_size):
+        self.vocab_size, distinct = vocab_size, []
+        for part in references.split(10_000):  # bounds the memory
+            grams = self.ngrams(part).movedim(0, 1).flatten(1).sort(dim=1).values  # (n, 4RT)
+            is_first = F.pad(grams[:, 1:] != grams[:, :-1], (1, 0), value=True)
+            distinct.append(grams[is_first])  # of each picture
+        known, counts = torch.cat(distinct).unique(return_counts=True)
+        self.largest_idf = math.log(max(len(references), 1))  # of what one picture has, or none
+        is_kept = (counts > 1) | (known == 0)  # every picture has 0, so its idf is 0
+        self.known, counts = known[is_kept], counts[is_kept]
+        self.known_idf = self.largest_idf - counts.to(precise(counts.device)).log()
+
+    def ngrams(self, words):
+        """The n-grams as numbers. Args: int64 (..., T). Returns: int64 (4, ..., T): that of each n which ends at each
+        word; 0 where there is none."""
+        found = [words]
+        for _ in range(3):
+            before = F.pad(found[-1], (1, 0))[..., :-1]
+            found.append(torch.where((before != 0) & (words != 0), before * self.vocab_size + words, 0))
+        return torch.stack(found)
+
+    def idf(self, grams):
+        """Inverse document frequency, log N / max(1, pictures that have it). Returns: as grams; 0 where there is none.
+        """
+        place = torch.searchsorted(self.known, grams).clamp(max=len(self.known) - 1)
+        return torch.where(self.known[place] == grams, self.known_idf[place], self.largest_idf)
+
+    def __call__(self, candidates, references, counts=None):
+        """
+        Args:
+            candidates: int64 (B, C, T). references: int64 (B, R, T), of the same pictures; ids as above.
+            counts: (B,), references per picture; those that have a word where None.
+        Returns:
+            float64 (B, C), from 0 to 10; float32 on a device without float64.
+        """
+        c, r = self.ngrams(candidates), self.ngrams(references)  # (4, B, C, T), (4, B, R, T)
+        c_idf, r_idf = self.idf(c), self.idf(r)
+        c_count, r_count = ((x.unsqueeze(4) == x.unsqueeze(3)).sum(dim=4) for x in (c, r))  # in the caption itself
+        c_norm, r_norm = ((count * idf ** 2).sum(dim=3).sqrt() for count, idf in ((c_count, c_idf), (r_count, r_idf)))
+        in_r = (c[:, :, :, None, :, None] == r[:, :, None, :, None, :]).sum(dim=5)  # (4, B, C, R, T)
+        # Summed over positions, so each n-gram comes c_count times.
+        weight = (c_idf ** 2 / c_count).unsqueeze(3)
+        dot = (torch.minimum(c_count.unsqueeze(3), in_r) * in_r * weight).sum(dim=4)  # (4, B, C, R)
+        norms = c_norm.unsqueeze(3) * r_norm.unsqueeze(2)
+        cosine = torch.where(norms > 0, dot / norms, 0)
+        lengths = [(x[1] != 0).sum(dim=2) for x in (c, r)]  # pycocoevalcap measures length in bigrams
+        apart = lengths[0].unsqueeze(2) - lengths[1].unsqueeze(1)  # (B, C, R)
+        similarity = cosine.mean(dim=0) * torch.exp(-apart.to(cosine.dtype) ** 2 / (2 * 6.0 ** 2))
+        if counts is None:
+            counts = (references != 0).any(dim=2).sum(dim=1)
+        return 10 * similarity.sum(dim=2) / counts.clamp(min=1).unsqueeze(1)
+
+
+def cider(hypotheses, references):
+    """CIDEr-D of each caption, with the document frequencies of all references. Args: see score; at least one reference
+    per picture. Returns: float64 (pictures,)."""
+    numbers = collections.defaultdict(itertools.count(1).__next__)
+    R = max(map(len, references))
+    human = numbered([captions[k] if k < len(captions) else () for captions in references for k in range(R)], numbers)
+    human, generated = human.unflatten(0, (-1, R)), numbered(hypotheses, numbers).unsqueeze(1)
+    scorer, counts = CiderD(human, len(numbers) + 1), torch.tensor([*map(len, references)])
+    parts = (x.split(500) for x in (generated, human, counts))
+    return torch.cat([scorer(c[:, :, :longest(c)], r[:, :, :longest(r)], n) for c, r, n in zip(*parts)]).squeeze(1)
+
+
+def numbered(captions, numbers):
+    """Captions (list of lists of str) as int64 (captions, longest), 0 after the end. numbers (dict): word -> id."""
+    lengths = torch.tensor([*map(len, captions)])
+    ids = torch.zeros(len(captions), max(int(lengths.max()), 1), dtype=torch.int64)
+    ids[torch.arange(ids.shape[1]) < lengths.unsqueeze(1)] = torch.tensor(
+        [numbers[word] for words in captions for word in words], dtype=torch.int64)
+    return ids
+
+
+def longest(ids):
+    return max(int((ids != 0).sum(dim=-1).max()), 1)
 
 
 def characters(words):
@@ -161,6 +254,27 @@ def official_scores(submission, references):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks for a collapsed model: the usual failure is the same caption for every picture, or attention that stays put
+
+
+def caption_faults(captions, word_map):
+    """What often goes wrong where captions are optimised for CIDEr.
+
+    Args:
+        captions: int64 (..., T + 1), <start> first, <pad> after <end>. word_map (dict).
+    Returns:
+        dict: name -> bool (...): unfinished (without <end>), bad_ending (its last word is one of BAD_ENDINGS),
+        repetition (it has some word twice).
+    """
+    words = captions[..., 1:].masked_fill(captions[..., 1:] == word_map[END], 0)
+    place = torch.arange(1, words.shape[-1] + 1, device=words.device)
+    last = (words * (place == (words != 0).sum(dim=-1, keepdim=True))).sum(dim=-1)
+    bad = torch.tensor([word_map[word] for word in BAD_ENDINGS if word in word_map], dtype=torch.int64)
+    bad = to_device(bad, words.device)
+    earlier = (words.unsqueeze(-1) == words.unsqueeze(-2)).tril(-1) & (words != 0).unsqueeze(-1)
+    return dict(
+        unfinished=(captions != word_map[END]).all(dim=-1),
+        bad_ending=torch.isin(last, bad),
+        repetition=earlier.flatten(-2).any(dim=-1))
 
 
 def attention_course(alphas, positions):

@@ -5,6 +5,7 @@
     python train.py --resume                              # from the last checkpoint, also within an epoch
     python train.py --resume --fine_tune_encoder true     # then train the encoder too
     python train.py --cache_features true                 # run the frozen encoder once, not in every epoch
+    python train.py --resume --self_critical true         # then optimise CIDEr-D itself, from the best checkpoint
 
 Writes models/checkpoint.pth.tar every `checkpoint_minutes`, after every epoch and when it is told to stop, keeping the
 one before; models/BEST_checkpoint.pth.tar after every best epoch; and logs/RUN/ with TensorBoard's events, log.jsonl (a
@@ -32,15 +33,17 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fast
-from checkpoint import (BEST_CHECKPOINT, CHECKPOINT, load_checkpoint, load_models, load_optimizer, save_checkpoint)
+from checkpoint import (BEST_CHECKPOINT, CHECKPOINT, CROSS_ENTROPY_CHECKPOINT, load_checkpoint, load_models,
+                        load_optimizer, save_checkpoint)
 from config import CHECKPOINT_VERSION, get_config, parse_args
 from datasets import CaptionDataset, load_word_map, make_loader, tokenize_references
 from fast.features import keep_features
-from models import build_models, caption_loss, generate, pixel_positions
+from models import Term, build_models, caption_loss, generate, pixel_positions, sample, self_critical_loss
 from runlog import RunLog, command_line, git_revision
-from scores import score
+from scores import CiderD, caption_faults, score
 from utils import (UserError, from_first_process, gather_lists, get_device, init_distributed, keep_freed_memory,
-                   largest_of_processes, meet_processes, precision, resumes, run, sum_over_processes, to_device)
+                   largest_of_processes, meet_processes, precise, precision, resumes, run, sum_over_processes,
+                   to_device)
 
 PICTURES_SHOWN = 4  # validation pictures drawn in TensorBoard after every epoch
 
@@ -49,9 +52,10 @@ PICTURES_SHOWN = 4  # validation pictures drawn in TensorBoard after every epoch
 class Progress:
     """Where a run is, besides its weights: all that every checkpoint saves of it, `recent` excepted, as it stands."""
 
-    run: str  # its folder in log_dir
+    run: str  # its folder in log_dir; self-critical training has another
     batches: dict  # what an epoch's batches depend on
     epoch: int = 0  # whole epochs done
+    began: int = 0  # epochs done when this phase of the run began
     batch: int = 0  # batches done of the next one
     step: int = 0  # batches done in all
     sums: dict = field(default_factory=dict)  # of this epoch, by name, up to the last reading
@@ -68,6 +72,7 @@ def main():
     args = parse_args(__doc__, {"resume": dict(action="store_true", help="continue from the last checkpoint")})
     rank, world_size, store = meet_processes()
     config, checkpoint, path = settings(args, rank, store)
+    begins = config.self_critical and not checkpoint["config"].get("self_critical")  # the second phase
     keep_freed_memory()
     device = get_device(config)
     init_distributed(device, rank, world_size, store)
@@ -80,16 +85,22 @@ def main():
     optimizers = make_optimizers(config, encoder, decoder)
     batches = dict(pictures=len(train_loader.dataset), batch_size=config.batch_size, seed=config.seed)
     progress = Progress(run=from_first_process(time.strftime("%Y%m%d-%H%M%S")), batches=batches)
-    notes = resume(progress, optimizers, checkpoint, config, args.flags, path, world_size) if checkpoint else []
+    notes = []
+    if begins:
+        notes = begin_self_critical(progress, checkpoint, path, rank)
+    elif checkpoint:
+        notes = resume(progress, optimizers, checkpoint, config, args.flags, path, world_size)
     recent = Sums(progress.recent, device, rank)
     runs = prepare(encoder, decoder, config, device, (train_loader.dataset, valid_loader.dataset), rank, world_size)
-    train_decoder = parallel(runs.decoder, world_size)
+    train_decoder, objective = parallel(runs.decoder, world_size), teacher_forced
+    if config.self_critical:
+        objective = SelfCritical(runs.decoder, train_loader.dataset, config, word_map, device, rank, world_size)
     log = None
     if rank == 0:
         print(start_line(config, encoder, optimizers, device, world_size, len(word_map), progress, train_loader,
                          valid_loader), runs.summary(), *notes, sep="\n")
-        log = RunLog(config, progress, runs.report, checkpoint, len(train_loader), valid_loader.dataset,
-                     pixel_positions(encoder, config.image_size, config.encoded_image_size))
+        log = RunLog(config, progress, runs.report, None if begins else checkpoint, len(train_loader),
+                     valid_loader.dataset, pixel_positions(encoder, config.image_size, config.encoded_image_size))
 
     def save(best=False):
         progress.recent = recent.of_all_processes()
@@ -102,13 +113,15 @@ def main():
         save_checkpoint(saved, path)
 
     pause = Pause(config.checkpoint_minutes, save)
-    while progress.epoch < config.epochs and progress.epochs_since_improvement < config.early_stop_epochs:
-        training = train_one_epoch(runs.training_encoder, train_decoder, optimizers, train_loader, config, progress,
-                                   recent, log, pause)
+    while (progress.epoch - progress.began < config.epochs
+           and progress.epochs_since_improvement < config.early_stop_epochs):
+        training = train_one_epoch(runs.training_encoder, train_decoder, objective, optimizers, train_loader, config,
+                                   progress, recent, log, pause)
         validation, captions = validate(runs.encoder, runs.decoder, valid_loader, config, word_map, pause)
         pause()
-        validation.update(from_first_process(
-            score([caption["words"] for caption in captions], references) if rank == 0 else None))
+        words = [caption["words"] for caption in captions]
+        validation.update(from_first_process(score(words, references) if rank == 0 else None),
+                          distinct_captions=len(set(map(tuple, words))))
         best = finish_epoch(progress, recent, training, validation, captions, optimizers, config, path)
         save(best)
         if log:  # after the checkpoint, which holds the entry: a run that is killed here can log it again
@@ -130,10 +143,19 @@ def settings(args, rank, store):
     config = get_config(args.preset, args.flags)
     path = Path(config.model_dir) / CHECKPOINT
     if not resumes(path, args.resume, rank, store):
+        if config.self_critical:
+            raise UserError("--self_critical true continues from a model trained by cross entropy: train one, then "
+                            "give the same command with --resume --self_critical true")
         return config, None, path
     checkpoint = load_checkpoint(path)
     if checkpoint["progress"] is None:
         raise UserError(f"{path} was imported: it can be evaluated and shown, but not resumed")
+    was, now = (given.get("self_critical", False) for given in (checkpoint["config"], args.flags))
+    if was and args.flags.get("self_critical") is False:
+        raise UserError(f"{path} is of self-critical training, which cannot return to cross entropy: see "
+                        f"{path.with_name(CROSS_ENTROPY_CHECKPOINT)}")
+    if now and not was:
+        checkpoint = load_checkpoint(path.with_name(BEST_CHECKPOINT))
     return get_config(flags=args.flags, trained=checkpoint["config"]), checkpoint, path
 
 
@@ -151,11 +173,29 @@ def load_data(config, checkpoint, path, rank, world_size):
 
 def make_optimizers(config, encoder, decoder):
     """Adam for the decoder and, when fine-tuning, for the encoder. Returns: dict name -> Adam."""
-    optimizers = {"decoder": torch.optim.Adam(decoder.parameters(), lr=config.decoder_lr, fused=True)}
-    if config.fine_tune_encoder:
-        optimizers["encoder"] = torch.optim.Adam((p for p in encoder.parameters() if p.requires_grad),
-                                                 lr=config.encoder_lr, fused=True)
-    return optimizers
+    trained = {"decoder": decoder, "encoder": encoder} if config.fine_tune_encoder else {"decoder": decoder}
+    return {name: torch.optim.Adam((p for p in half.parameters() if p.requires_grad),
+                                   lr=getattr(config, rate_field(config, name)), fused=True)
+            for name, half in trained.items()}
+
+
+def rate_field(config, name):
+    """The field of Config that an optimizer's rate begins with."""
+    return "self_critical_lr" if config.self_critical else f"{name}_lr"
+
+
+def begin_self_critical(progress, checkpoint, path, rank):
+    """Begin the second phase: the progress of a checkpoint of the first, under a new run; its best score is to beat.
+
+    Returns: list of str: what the user should know.
+    """
+    saved, kept = checkpoint["progress"], path.with_name(CROSS_ENTROPY_CHECKPOINT)
+    progress.epoch = progress.began = saved["epoch"]
+    progress.step, progress.best = saved["step"], saved["best"]
+    if rank == 0:
+        save_checkpoint(checkpoint, kept)  # the phase overwrites the other two
+    return [f"self-critical training begins from {path.with_name(BEST_CHECKPOINT)}: epoch {progress.epoch}, CIDEr on "
+            f"valid, greedy, {progress.best[0]:.4f}; kept as {kept}"]
 
 
 def resume(progress, optimizers, checkpoint, config, flags, path, world_size):
@@ -180,9 +220,10 @@ def resume(progress, optimizers, checkpoint, config, flags, path, world_size):
     for name, optimizer in optimizers.items():
         if name in checkpoint["optimizers"]:
             load_optimizer(optimizer, checkpoint["optimizers"][name], path)
-        rate, given = optimizer.param_groups[0]["lr"], flags.get(f"{name}_lr")
-        if given not in (None, rate) and given == checkpoint["config"].get(f"{name}_lr"):
-            notes.append(f"{name}_lr {given:g} is what this run was given before: decay has made it {rate:g}, and it "
+        rate, flag = optimizer.param_groups[0]["lr"], rate_field(config, name)
+        given = flags.get(flag)
+        if given not in (None, rate) and given == checkpoint["config"].get(flag):
+            notes.append(f"{flag} {given:g} is what this run was given before: decay has made it {rate:g}, and it "
                          f"stays so")
         elif given is not None:
             optimizer.param_groups[0]["lr"] = given
@@ -281,7 +322,7 @@ class Sums:
 
     def __init__(self, saved, device, rank):
         self.names = list(saved)
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64  # which mps lacks
+        self.dtype = precise(device)
         self.values = torch.tensor([saved[name] * (rank == 0) for name in saved], dtype=self.dtype, device=device)
 
     def add(self, numbers):
@@ -297,7 +338,68 @@ class Sums:
         self.values.zero_()
 
 
-def train_one_epoch(encoder, decoder, optimizers, loader, config, progress, recent, log, pause):
+def teacher_forced(encoder, decoder, images, captions, lengths, config, step):
+    """The loss of the true captions. Returns: see SelfCritical."""
+    terms = caption_loss(*decoder(encoder(images), captions, lengths), lengths, config)
+    return terms, dict(zip(COUNTS, counts_of(lengths))), {}
+
+
+class SelfCritical:
+    """The loss of captions that the model draws itself, rewarded by their CIDEr-D (see self_critical_loss).
+
+    Drawn and scored without dropout, as the captions that it is judged by.
+
+    Args:
+        decoder (nn.Module): draws; not wrapped. dataset (CaptionDataset): of training, whose captions give the document
+        frequencies. config (Config). word_map (dict). device (torch.device). rank, world_size (int).
+    """
+
+    def __init__(self, decoder, dataset, config, word_map, device, rank=0, world_size=1):
+        self.decoder, self.word_map, self.share = decoder, word_map, slice(rank, None, world_size)
+        has_captions = (dataset.caption_lengths > 0).any(dim=1)
+        self.cider = CiderD(dataset.captions[has_captions, :, 1:].to(device), len(word_map))
+
+    def __call__(self, encoder, decoder, images, captions, lengths, config, step):
+        """
+        Args:
+            encoder, decoder (nn.Module): as train_one_epoch has them. images, captions, lengths: a batch; the captions
+            are the references. config (Config). step (int): of the run.
+        Returns:
+            dict: the terms of the loss. dict: what they are means over -> its number. dict: seconds, by what took them.
+        """
+        grid = encoder(images)
+        clock = time.perf_counter()
+        draws = to_device(draws_of_step(config, step)[self.share][:len(images)], grid.device)
+        samples, sample_lengths = sample(self.decoder, grid.detach(), draws, self.word_map)
+        torch.clear_autocast_cache()  # of weights cast without gradients
+        drawn = time.perf_counter()
+        rewards = self.cider(samples[:, :, 1:], captions[:, :, 1:])
+        faults = caption_faults(samples, self.word_map)
+        sample_lengths = sample_lengths.cpu()  # waits for a GPU
+        scored = time.perf_counter()
+        scores, targets, _ = decoder(grid, samples, sample_lengths)
+        terms = self_critical_loss(scores, targets, sample_lengths, rewards, self.word_map)
+        terms |= {f"sample_{name}": Term(number.sum(), "captions")
+                  for name, number in dict(length=sample_lengths - 1, **faults).items()}
+        counts = dict(zip(COUNTS, counts_of(sample_lengths)))
+        if config.self_critical_xe:
+            true = caption_loss(*decoder(grid, captions, lengths), lengths, config)
+            terms |= {name: term._replace(per=f"true_{term.per}", weight=config.self_critical_xe * term.weight)
+                      for name, term in true.items()}
+            counts |= {f"true_{name}": number for name, number in zip(COUNTS, counts_of(lengths))}
+        return terms, counts, dict(sampling=drawn - clock, reward=scored - drawn)
+
+
+def draws_of_step(config, step):
+    """Random numbers for models.sample; those of a picture do not depend on how many processes share the batch.
+
+    Returns: float32 (batch_size, samples, max_len + 1).
+    """
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    return torch.rand(config.batch_size, config.samples, config.max_len + 1, generator=generator)
+
+
+def train_one_epoch(encoder, decoder, objective, optimizers, loader, config, progress, recent, log, pause):
     """One pass over the training pictures, each with all its captions, or the rest of one.
 
     Losses are sums divided by the counts of the whole global batch, so they do not depend on how many processes share
@@ -305,30 +407,30 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, progress, rece
 
     Args:
         encoder, decoder (nn.Module): wrapped for distributed training where there are several processes.
-        optimizers (dict). loader (DataLoader). config (Config). progress (Progress). recent (Sums).
-        log (RunLog or None): of the first process. pause (Pause).
+        objective (function): teacher_forced, or a SelfCritical. optimizers (dict). loader (DataLoader).
+        config (Config). progress (Progress). recent (Sums). log (RunLog or None): of the first process. pause (Pause).
     Returns:
         dict: see `means`.
     Raises:
         UserError: the loss or the weights are no longer finite; names epoch, step and pictures.
     """
     encoder.train()
-    decoder.train()
+    decoder.train(not config.self_critical)
     device = next(decoder.parameters()).device
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     loader.sampler.epoch, loader.sampler.first = progress.epoch, progress.batch
-    unread, steps, clock = [], len(loader), time.perf_counter()
+    unread, seconds, steps, clock = [], {}, len(loader), time.perf_counter()
     before = progress.seconds  # at the last reading
     bar = tqdm(loader, desc=f"epoch {progress.epoch + 1}", unit="batch", total=steps, initial=progress.batch,
                disable=log is None)
     for images, captions, lengths, rows in bar:
         # Seeded by the step, so that dropout draws the same numbers wherever a run was interrupted.
         torch.manual_seed((config.seed * 1_000_003 + progress.step) * 1_009 + rank)
-        images, captions, counts = (to_device(x, device) for x in (images, captions, counts_of(lengths)))
+        images, captions = to_device(images, device), to_device(captions, device)
         with mixed_precision(config, device):
-            scores, targets, alphas = decoder(encoder(images), captions, lengths)
-            terms = caption_loss(scores, targets, alphas, lengths, config)
-        total = dict(zip(COUNTS, sum_over_processes(counts.clone()).clamp(min=1)))
+            terms, counts, spent = objective(encoder, decoder, images, captions, lengths, config, progress.step)
+        numbers = to_device(torch.stack([*counts.values()]), device)
+        total = dict(zip(counts, sum_over_processes(numbers.clone()).clamp(min=1)))
         # The gradients of all processes are averaged, but these are parts of one sum.
         loss = world_size * sum(term.weight * term.sum / total[term.per] for term in terms.values() if term.weight)
         for optimizer in optimizers.values():
@@ -339,13 +441,14 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, progress, rece
         is_read = number % config.print_freq == 0 or number == steps
         if is_read:
             norm = torch.nn.utils.get_total_norm(p.grad for p in parameters(optimizers) if p.grad is not None)
-        if config.grad_clip:
-            torch.nn.utils.clip_grad_value_(parameters(optimizers), config.grad_clip)
+        if clip := config.self_critical_clip if config.self_critical else config.grad_clip:
+            torch.nn.utils.clip_grad_value_(parameters(optimizers), clip)
         for optimizer in optimizers.values():
             optimizer.step()
 
-        recent.add({name: term.sum.detach() for name, term in terms.items()} | dict(zip(COUNTS, counts)))
+        recent.add({name: term.sum.detach() for name, term in terms.items()} | dict(zip(counts, numbers)))
         unread.append((number, rows, loss.detach()))
+        seconds = {name: seconds.get(name, 0.0) + value for name, value in spent.items()}
         now = time.perf_counter()
         progress.batch, progress.step, progress.seconds = number, progress.step + 1, progress.seconds + now - clock
         progress.terms = {name: (term.per, term.weight) for name, term in terms.items()}
@@ -358,9 +461,12 @@ def train_one_epoch(encoder, decoder, optimizers, loader, config, progress, rece
             if progress.sums and progress.sums.keys() != sums.keys():  # resumed with another term: means of the rest
                 progress.sums, progress.seconds = {}, progress.seconds - before
             progress.sums = {name: progress.sums.get(name, 0.0) + value for name, value in sums.items()}
-            unread, before = [], progress.seconds
-            bar.set_postfix({name: f"{value:.3g}" for name, value in read.items()})
             progress.reading = {**read, **rates(optimizers)}
+            if seconds:
+                seconds["update"] = progress.seconds - before - sum(seconds.values())
+                progress.reading |= {f"seconds_{name}": value / len(unread) for name, value in seconds.items()}
+            unread, seconds, before = [], {}, progress.seconds
+            bar.set_postfix({name: f"{value:.3g}" for name, value in read.items()})
             if norm.isfinite():  # its square may be too large for a number though nothing else is
                 progress.reading["gradient_norm"] = norm.item()
             if log and number < steps:  # an epoch's last reading is logged with the epoch
@@ -419,8 +525,8 @@ def means(sums, terms, seconds):
     Args:
         sums (dict): name -> float, of each term and of COUNTS. terms (dict): name -> (per, weight). seconds (float).
     Returns:
-        dict: loss; each term by its name (cross_entropy in nats per token; coverage, the mean of (1 - sum of alpha)^2;
-        top5, a share of tokens); images_per_s (over all processes).
+        dict: loss; then each term by its name (cross_entropy in nats per token; coverage, the mean of
+        (1 - sum of alpha)^2; top5, a share of tokens); then images_per_s (over all processes).
     """
     found = {name: sums[name] / max(sums[per], 1) for name, (per, _) in terms.items()}
     loss = sum(weight * found[name] for name, (_, weight) in terms.items())
@@ -464,9 +570,9 @@ def finish_epoch(progress, recent, training, validation, captions, optimizers, c
 def epoch_line(entry):
     """An epoch for the screen. Args: entry (dict): see finish_epoch. Returns: str."""
     training, validation = entry["train"], entry["valid"]
-    terms = [name for name in training if name not in ("loss", "images_per_s")]
-    train, valid = (f"loss {found['loss']:.3f} (" + ", ".join(f"{name} {found[name]:.3f}" for name in terms) + ")"
-                    for found in (training, validation))
+    train, valid = (f"loss {found['loss']:.3f} ("
+                    + ", ".join(f"{name} {found[name]:.3f}" for name in [*found][1:[*found].index("images_per_s")])
+                    + ")" for found in (training, validation))
     return (f"epoch {entry['epoch']}: train {train}, {training['images_per_s']:.1f} images/s; valid, teacher-forced, "
             f"{valid}; generated, greedy, BLEU-4 {validation['BLEU-4']:.4f}, CIDEr {validation['CIDEr']:.4f}"
             f"{'  best' if entry['best'] else ''}")

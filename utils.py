@@ -163,6 +163,11 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
+def precise(device):
+    """The dtype of sums on a device: float64, which Apple's mps lacks."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def keep_freed_memory():
     """Let glibc keep freed memory for the next step: returning it to the system takes a CPU a third of a step."""
     with contextlib.suppress(OSError, AttributeError):  # Windows, macOS

@@ -7,6 +7,7 @@ have the same names, so one state dict serves both.
 import torch
 import torch.nn.functional as F
 import torchvision
+from pycocoevalcap.cider.cider import Cider
 from torch import nn
 
 from datasets import END, PAD, START, UNK
@@ -120,6 +121,50 @@ def beam_search(decoder, encoder_out, beam_size, max_len, word_map):
             break
     ids, score, _, _, alphas = max(finished or beams, key=lambda beam: beam[1])
     return ids, float(score), bool(finished), torch.stack(alphas)
+
+
+@torch.no_grad()
+def sample(decoder, encoder_out, draws, word_map):
+    """A caption drawn word by word: encoder_out (1, s, s, D), draws a number in [0, 1) per step -> ids."""
+    a, h, c = decoder.start(encoder_out)
+    ids = []
+    for draw in draws:
+        word = torch.tensor([ids[-1] if ids else word_map[START]], device=a.device)
+        h, c, _ = decoder.step(a, word, h, c)
+        p = policy(decoder.fc(h), word_map).exp()[0].cumsum(dim=0)
+        ids.append(int(torch.searchsorted(p, draw * p[-1], right=True)))
+        if ids[-1] == word_map[END]:
+            break
+    return ids
+
+
+def policy(scores, word_map):
+    """Log-probabilities of the words of a caption. (N, V) -> (N, V)."""
+    scores = scores.clone()
+    scores[:, [word_map[PAD], word_map[START], word_map[UNK]]] = -torch.inf
+    return torch.log_softmax(scores, dim=1)
+
+
+def rewards(samples, references):
+    """pycocoevalcap's CIDEr-D of the K samples of each picture; lists of ids, 0 is no word -> (pictures, K)."""
+    human = {i: [" ".join(str(word) for word in ids if word) for ids in captions]
+             for i, captions in enumerate(references)}
+    K = len(samples) // len(human)
+    return torch.stack([torch.from_numpy(Cider().compute_score(human, {
+        i: [" ".join(map(str, samples[K * i + k]))] for i in human})[1]) for k in range(K)], dim=1)
+
+
+def self_critical_loss(decoder, encoder_out, samples, rewards, word_map):
+    """- sum of log p times advantage over the tokens / their number; the baseline is the mean of the other samples."""
+    K, loss = rewards.shape[1], 0.0
+    for n, ids in enumerate(samples):
+        i, k = divmod(n, K)
+        others = [rewards[i, j].item() for j in range(K) if j != k]
+        captions = torch.tensor([[word_map[START], *ids]], device=encoder_out.device)
+        scores, _ = decoder(encoder_out[i:i + 1], captions, torch.tensor([len(ids) + 1]))
+        log_p = policy(scores[0], word_map).gather(1, captions[:, 1:].T).sum()
+        loss = loss - (rewards[i, k].item() - sum(others) / len(others)) * log_p
+    return loss / sum(map(len, samples))
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ large matrix product, and the bytes that its products and convolutions read and 
 """
 import argparse
 import ctypes
+import itertools
 import json
 import math
 import multiprocessing.util
@@ -32,6 +33,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -45,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scr
 
 import fast  # noqa: E402
 import pre_process  # noqa: E402
+import train  # noqa: E402
 from benchmarks import reference  # noqa: E402
 from config import Config  # noqa: E402
 from datasets import END, PAD, START, UNK, CaptionDataset, decode_caption, make_loader, word_list  # noqa: E402
@@ -54,7 +57,7 @@ from fast.features import KeptFeatures  # noqa: E402
 from models import DecoderWithAttention, Encoder, beam_search, caption_loss  # noqa: E402
 from scores import score  # noqa: E402
 from train import (COUNTS, Progress, Sums, counts_of, make_optimizers, mixed_precision, parameters,  # noqa: E402
-                   prepare, train_one_epoch, validate)
+                   prepare, teacher_forced, train_one_epoch, validate)
 from utils import UserError, get_device, keep_freed_memory, run  # noqa: E402
 
 CONFIG = Config(encoder_weights="none", dropout=0.0)  # dropout draws other numbers on each side
@@ -204,6 +207,50 @@ def train_case(side, device, start="features", precision="float32", as_written=F
     return step, outcome, 10 if device.type == "cuda" else 1  # the CPU queues the next step while the GPU works
 
 
+def self_critical_case(side, device):
+    """A self-critical step from given features: 5 samples per picture, their rewards, the update.
+
+    The reference draws one caption after the other, rewarded by pycocoevalcap. Document frequencies are those of the
+    batch's own captions, about 12 words long, as the samples are.
+    """
+    config, word_map, pictures = replace(CONFIG, self_critical=True), make_word_map(V), PICTURES[device.type]
+    _, captions, lengths = make_batch(pictures, TOKENS, V, device)
+    encoder, decoder = make_models(side, config, V, device, talkative=True)
+    features, result = make_features(pictures, device), {}
+    if side == "reference":
+        optimizers = {"decoder": torch.optim.Adam(decoder.parameters(), lr=config.self_critical_lr)}
+        draws = train.draws_of_step(config, 0).to(device)[:pictures]
+
+        def loss_of_batch():
+            grid, samples = pool(features.float()), []
+            for i, k in itertools.product(range(pictures), range(config.samples)):
+                samples.append(reference.sample(decoder, grid[i:i + 1], draws[i, k].tolist(), word_map))
+            rewards = reference.rewards(samples, captions[:, :, 1:].tolist())
+            return reference.self_critical_loss(decoder, grid, samples, rewards, word_map)
+    else:
+        optimizers = make_optimizers(config, encoder, decoder)
+        runs = prepare(encoder, decoder, config, device, (), 0, 1)
+        dataset = SimpleNamespace(captions=captions.cpu(), caption_lengths=lengths)
+        objective = train.SelfCritical(runs.decoder, dataset, config, word_map, device)
+
+        def loss_of_batch():
+            terms, counts, _ = objective(KeptFeatures(None), runs.decoder.eval(), features, captions, None, config, 0)
+            return terms["policy_gradient"].sum / counts["tokens"]
+
+    def step():
+        loss = loss_of_batch()
+        optimizers["decoder"].zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_value_(parameters(optimizers), config.self_critical_clip)
+        optimizers["decoder"].step()
+        result["loss"] = loss.detach()
+
+    def outcome():
+        return dict(loss=result["loss"].item(),
+                    gradient=torch.cat([p.grad.flatten().float().cpu() for p in decoder.parameters()]).numpy())
+    return step, outcome, 10 if device.type == "cuda" else 1
+
+
 def eval_case(side, device, start, beam_size=5, pictures=64):
     """Captions of 64 pictures by beam search. Args: start (str): features or pixels."""
     torch.backends.cudnn.allow_tf32 = False  # on both sides, whose captions must be identical
@@ -269,7 +316,8 @@ CASES = {
                   train_decoder_as_written=partial(train_case, as_written=True),
                   train_frozen_fp32=partial(train_case, start="pixels"),
                   train_frozen_bf16=partial(train_case, start="pixels", precision="bfloat16"),
-                  train_kept_features=partial(train_case, start="kept")),
+                  train_kept_features=partial(train_case, start="kept"),
+                  train_self_critical=self_critical_case),
     "eval": dict(eval_beam5_decode=partial(eval_case, start="features"), eval_beam5=partial(eval_case, start="pixels")),
 }
 TITLES = dict(train_decoder_as_written="models.py as written")
@@ -458,8 +506,8 @@ def time_training(kind, dataset, config, device):
         memory(device, reset=True)
         with Usage() as usage:
             start = time.perf_counter()
-            train_one_epoch(encoder, runs.decoder, optimizers, loader, config, progress, Sums({}, device, 0), None,
-                            lambda: None)
+            train_one_epoch(encoder, runs.decoder, teacher_forced, optimizers, loader, config, progress,
+                            Sums({}, device, 0), None, lambda: None)
             seconds = time.perf_counter() - start
     return seconds, usage.mean
 

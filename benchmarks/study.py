@@ -108,15 +108,19 @@ def curves(argv):
     """Args: the plot to write, then log.jsonl files; the curve of logs/NAME/RUN/log.jsonl is labelled NAME."""
     if len(argv) < 2:
         raise UserError("study.py curves takes the plot to write, then log.jsonl files")
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for number, path in enumerate(map(Path, argv[1:])):
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        epochs = [line["epoch"] for line in lines]
-        for axis, name in zip(axes, ("CIDEr", "BLEU-4", "cross_entropy")):
-            axis.plot(epochs, [line["valid"][name] for line in lines], "o--" if number >= 10 else "o-", markersize=3,
+    logs = {path: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            for path in map(Path, argv[1:])}
+    shown = [("valid", "CIDEr"), ("valid", "BLEU-4"), ("valid", "cross_entropy")]
+    if any("reward" in line["train"] for lines in logs.values() for line in lines):  # of self-critical training
+        shown.append(("train", "reward"))
+    figure = Figure(figsize=(1 + 4 * len(shown), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(shown))
+    for number, (path, lines) in enumerate(logs.items()):
+        for axis, (part, name) in zip(axes, shown):
+            points = [(line["epoch"], line[part][name]) for line in lines if name in line[part]]
+            axis.plot(*zip(*points) if points else ((), ()), "o--" if number >= 10 else "o-", markersize=3,
                       label=path.parents[1].name)
-            axis.set(xlabel="epoch", title=f"validation: {name}")
+            axis.set(xlabel="epoch", title=f"{dict(valid='validation', train='training')[part]}: {name}")
             axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(argv[0], dpi=100)

@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -73,7 +74,7 @@ def outcome(folder):
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)]
-               for tag in events.Tags()["scalars"] if not tag.endswith("images_per_s")}
+               for tag in events.Tags()["scalars"] if not re.search("images_per_s|seconds_", tag)}
     pictures = {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
     progress = {name: checkpoint["progress"][name] for name in ("epoch", "batch", "step", "best", "terms",
                                                                 "epochs_since_improvement")}
@@ -160,21 +161,22 @@ def test_a_run_that_is_there_is_not_begun_again(whole, tiny_flags):
 # Several processes
 
 
-def assert_near(many, one):
+def assert_near(many, one, share=0.4):
     """What several processes gave against what one gave: but for rounding the same.
 
     Adam divides a gradient by its own size. Where that is nothing but rounding (the attention's hidden units that are
-    on at every pixel, which softmax ignores) it makes whole steps of it; such weights are left out.
+    on at every pixel, which softmax ignores) it makes whole steps of it; such weights are left out, and at least this
+    share must remain.
     """
     for name in ("epoch", "batch", "step", "encoder"):
         assert_same(many["state"][name], one["state"][name], name, atol=1e-5)
     assert_same(many["log"], one["log"], "log", atol=1e-5)
     compared = 0
     for number, (name, weight) in enumerate(one["state"]["decoder"].items()):
-        real = one["state"]["optimizers"]["decoder"]["state"][number]["exp_avg_sq"].sqrt() > 1e-6
+        real = one["state"]["optimizers"]["decoder"]["state"][number]["exp_avg_sq"].sqrt() > 1e-5
         assert torch.allclose(many["state"]["decoder"][name][real], weight[real], rtol=0, atol=1e-5), name
         compared += int(real.sum())
-    assert compared > 0.5 * sum(weight.numel() for weight in one["state"]["decoder"].values())
+    assert compared > share * sum(weight.numel() for weight in one["state"]["decoder"].values())
 
 
 # Without dropout, for which each process draws its own numbers.

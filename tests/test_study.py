@@ -18,6 +18,7 @@ def flags(tiny_flags):
     return [*tiny_flags, "--fine_tune_encoder", "true", "--dropout", "0"]
 
 
+@pytest.mark.paper
 def test_the_reference_takes_the_steps_of_the_product(flags):
     config = get_config(flags=parse_args("", argv=flags).flags)
     word_map = load_word_map(config.data_dir)
@@ -47,6 +48,7 @@ def test_the_reference_takes_the_steps_of_the_product(flags):
     assert grids[0].shape == grids[1].shape  # not in training it is models.py's: one encoding per picture
 
 
+@pytest.mark.paper
 def test_the_reference_is_trained_and_resumed_as_it_is_written(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["study.py"])
     monkeypatch.setattr(train, "Pause", lambda minutes, save: lambda: None)  # leaves the signals of pytest alone
@@ -67,9 +69,12 @@ def test_captions_that_do_not_look_are_scored(tiny_flags, tmp_path):
 
 
 def test_curves_are_drawn_of_logs(tmp_path):
-    for name in ("a", "b"):
+    widths = []
+    for means in ({}, dict(reward=0.5)):  # of the first phase, then of self-critical training too
+        name = f"run {len(widths)}"
         (tmp_path / name / "run").mkdir(parents=True)
-        (tmp_path / name / "run" / "log.jsonl").write_text("".join(json.dumps(dict(epoch=epoch, valid={
+        (tmp_path / name / "run" / "log.jsonl").write_text("".join(json.dumps(dict(epoch=epoch, train=means, valid={
             "CIDEr": 0.1 * epoch, "BLEU-4": 0.01 * epoch, "cross_entropy": 3 / epoch})) + "\n" for epoch in (1, 2, 3)))
-    study.curves([str(tmp_path / "curves.png"), *map(str, sorted(tmp_path.glob("*/run/log.jsonl")))])
-    assert Image.open(tmp_path / "curves.png").width > 500
+        study.curves([str(tmp_path / "curves.png"), *map(str, sorted(tmp_path.glob("*/run/log.jsonl")))])
+        widths.append(Image.open(tmp_path / "curves.png").width)
+    assert 500 < widths[0] < widths[1]

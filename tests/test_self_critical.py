@@ -1,0 +1,292 @@
+"""Self-critical training: samples, rewards, the policy gradient, and the second phase of a run."""
+import itertools
+import json
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import call
+from matplotlib.figure import Figure
+from pycocoevalcap.cider.cider import Cider
+from test_resume import KILLS, assert_near, assert_same, flags, outcome, start
+from test_scripts import fails
+from test_train import epoch_of
+
+import train
+from checkpoint import BEST_CHECKPOINT, CHECKPOINT, CROSS_ENTROPY_CHECKPOINT, load_checkpoint
+from datasets import END, PAD, START, UNK, load_word_map
+from fast.decoder import FastDecoder
+from models import DecoderWithAttention, log_policy, sample, self_critical_loss
+from scores import CiderD, caption_faults, cider, numbered
+
+CPU = torch.device("cpu")
+WORD_MAP = {word: number for number, word in enumerate([PAD, "a", "b", "c", UNK, START, END])}
+
+
+@pytest.fixture
+def decoder():
+    torch.manual_seed(0)
+    return DecoderWithAttention(8, 8, 8, len(WORD_MAP), encoder_dim=8, encoded_image_size=3).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reward
+
+
+def captions_of(rng, number, words=300, lengths=(0, 1, 2, 3, 5, 8, 12)):
+    return [[f"w{min(int(rng.expovariate(0.05)), words)}" for _ in range(rng.choice(lengths))] for _ in range(number)]
+
+
+def pycocoevalcap_cider(hypotheses, references):
+    return Cider().compute_score(*({i: [" ".join(words) for words in captions] for i, captions in enumerate(all_of)}
+                                   for all_of in (references, [[words] for words in hypotheses])))[1]
+
+
+def test_cider_is_that_of_pycocoevalcap():
+    rng = random.Random(0)
+    references = [captions_of(rng, rng.choice((1, 3, 5))) for _ in range(1200)]
+    hypotheses = [rng.choice(human)[:4] + caption for human, caption in zip(references, captions_of(rng, 1200))]
+    expected = torch.from_numpy(pycocoevalcap_cider(hypotheses, references))
+    assert torch.allclose(cider(hypotheses, references), expected, rtol=0, atol=1e-9) and expected.max() > 1
+    for n in (1, 2):  # no n-gram in two pictures
+        expected = torch.from_numpy(pycocoevalcap_cider(*(x[:n] for x in ([["a"], ["c"]], [[["a", "b"]], [["c"]]]))))
+        assert torch.allclose(cider([["a"], ["c"]][:n], [[["a", "b"]], [["c"]]][:n]), expected, rtol=0, atol=1e-9)
+
+
+def test_rewards_are_those_of_pycocoevalcap_with_end_as_a_word():
+    """Five samples per picture, document frequencies of all references."""
+    rng, numbers = random.Random(1), dict(map(reversed, enumerate([f"w{i}" for i in range(301)] + [END], 1)))
+    references = [[caption + [END] for caption in captions_of(rng, 5)] for _ in range(200)]
+    samples = [[rng.choice(human)[:3] + caption + [END] * rng.randint(0, 1) for caption in captions_of(rng, 5)]
+               for human in references]
+    human, drawn = (numbered(sum(captions, []), numbers).unflatten(0, (-1, 5)) for captions in (references, samples))
+    found = torch.cat([CiderD(human, 400)(drawn[rows:rows + 8], human[rows:rows + 8]) for rows in range(0, 200, 8)])
+    for k in range(5):
+        expected = pycocoevalcap_cider([captions[k] for captions in samples], references)
+        assert torch.allclose(found[:, k], torch.from_numpy(expected), rtol=0, atol=1e-9)
+
+
+def test_faults_of_captions():
+    word_map = {word: number for number, word in enumerate([PAD, "狗", "的", "草地", UNK, START, END])}
+    captions = [["狗", "的", END], ["狗", "草地"], ["狗", "草地", "狗", END], [END], ["的", "狗", END]]
+    ids = torch.tensor([[word_map[word] for word in [START, *words, PAD, PAD, PAD][:5]] for words in captions])
+    faults = {name: found.tolist() for name, found in caption_faults(ids, word_map).items()}
+    assert faults == dict(unfinished=[False, True, False, False, False], bad_ending=[True, False, False, False, False],
+                          repetition=[False, False, True, False, False])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples, and the gradient
+
+
+@pytest.mark.parametrize("as_fast", [False, pytest.param(True, marks=pytest.mark.paper)])
+def test_samples_are_drawn_from_what_the_decoder_gives(as_fast, decoder):
+    """Every draw lies in its word's interval of the distribution that teacher forcing gives for the same caption."""
+    runs = FastDecoder(decoder) if as_fast else decoder
+    grid, draws = torch.rand(40, 2, 2, 8), torch.rand(40, 4, 7)
+    captions, lengths = sample(runs, grid, draws, WORD_MAP)
+    assert captions.shape[2] == lengths.max() <= 8 and (captions[:, :, 0] == WORD_MAP[START]).all()
+    words = captions[:, :, 1:]
+    assert not (words == WORD_MAP[START]).any() and not (words == WORD_MAP[UNK]).any()
+    after_end = (words == WORD_MAP[END]).cumsum(dim=2) - (words == WORD_MAP[END]).long()
+    assert torch.equal(words == WORD_MAP[PAD], after_end > 0)
+    with torch.no_grad():
+        scores, targets, _ = runs(grid, captions, lengths)
+    upper = log_policy(scores, WORD_MAP).exp().cumsum(dim=1)
+    interval = torch.cat([torch.zeros(len(upper), 1), upper], dim=1)
+    drawn = draws[:, :, :words.shape[2]][torch.arange(words.shape[2]) < lengths.unsqueeze(2) - 1]
+    low, high = (interval.gather(1, targets[:, None] + i).squeeze(1) for i in (0, 1))
+    assert ((low - 1e-5 <= drawn) & (drawn <= high + 1e-5)).all()
+
+
+def reward_of(captions):
+    """Any reward will do: one that tells all captions apart."""
+    return (captions * torch.tensor([1.0, -0.7, 0.3])[:captions.shape[-1]]).sum(dim=-1).cos() + 1
+
+
+def gradient_of(loss, decoder):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*decoder.parameters()], allow_unused=True)
+                      if g is not None])
+
+
+def test_the_gradient_s_expectation_is_that_of_the_expected_reward(decoder):
+    """Against all 40 captions of at most three steps over four words; the baseline lowers the variance."""
+    for parameter in decoder.parameters():
+        parameter.data *= 3  # away from uniform
+    grid, ends = torch.rand(1, 2, 2, 8), [WORD_MAP[word] for word in ("a", "b", "c")]
+    captions = [[*words, WORD_MAP[END]] for T in range(3) for words in itertools.product(ends, repeat=T)]
+    captions += [[*words] for words in itertools.product(ends, repeat=3)]
+    ids = torch.zeros(1, len(captions), 4, dtype=torch.int64)
+    for k, words in enumerate(captions):
+        ids[0, k, :len(words) + 1] = torch.tensor([WORD_MAP[START], *words])
+    lengths = (ids != 0).sum(dim=2)
+    scores, targets, _ = decoder(grid, ids, lengths)
+    log_p = log_policy(scores, WORD_MAP).gather(1, targets[:, None]).squeeze(1)
+    p = torch.stack([part.sum().exp() for part in log_p.split((lengths - 1)[0].tolist())])
+    assert p.sum().item() == pytest.approx(1, abs=1e-5)
+    expected = gradient_of(-(p * reward_of(ids[0, :, 1:])).sum(), decoder)
+
+    B, K, estimates, without = 200, 5, [], []
+    torch.manual_seed(1)
+    for _ in range(60):
+        drawn, lengths = sample(decoder, grid.expand(B, -1, -1, -1), torch.rand(B, K, 3), WORD_MAP)
+        scores, targets, _ = decoder(grid.expand(B, -1, -1, -1), drawn, lengths)
+        rewards = reward_of(drawn[:, :, 1:])
+        loss = self_critical_loss(scores, targets, lengths, rewards, WORD_MAP)["policy_gradient"].sum / (B * K)
+        estimates.append(gradient_of(loss, decoder))
+        log_p = log_policy(decoder(grid.expand(B, -1, -1, -1), drawn, lengths)[0], WORD_MAP)
+        log_p = log_p.gather(1, targets[:, None]).squeeze(1)
+        without.append(gradient_of(-(log_p * rewards.flatten().repeat_interleave((lengths - 1).flatten())).sum()
+                                   / (B * K), decoder))
+    estimates, without = torch.stack(estimates), torch.stack(without)
+    error = estimates.std(dim=0) / 60 ** 0.5
+    apart = ((estimates.mean(dim=0) - expected) / (error + 1e-6)).abs()
+    assert apart.max() < 5 and apart.square().mean() < 1.5, (apart.max(), apart.square().mean())
+    assert expected.norm() > 20 * error.norm() / len(error) ** 0.5
+    ratio = estimates.var(dim=0).sum() / without.var(dim=0).sum()
+    print(f"variance with the baseline over that without: {ratio:.3f}")
+    assert ratio < 0.5
+
+
+def test_no_parameter_loses_its_gradient_to_the_samples_in_bfloat16(tiny_flags):
+    """autocast keeps casts of the weights; those made while sampling have no gradient."""
+    gradients = {}
+    for precision in ("float32", "bfloat16"):
+        encoder, decoder, _, optimizers, loader, config, *_ = epoch_of(
+            [*tiny_flags, "--self_critical", "true", "--precision", precision, "--fine_tune_encoder", "true"])
+        objective = train.SelfCritical(decoder, loader.dataset, config, load_word_map(config.data_dir), CPU)
+        images, captions, lengths, _ = next(iter(loader))
+        with train.mixed_precision(config, CPU):
+            terms, _, _ = objective(encoder, decoder.eval(), images, captions, lengths, config, 0)
+        terms["policy_gradient"].sum.backward()
+        gradients[precision] = {name: p.grad for half in (encoder, decoder) for name, p in half.named_parameters()}
+    missing = {precision: {name for name, grad in found.items() if grad is None}
+               for precision, found in gradients.items()}
+    assert missing["bfloat16"] == missing["float32"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The second phase of a run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_figures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runlog.draw_attention", lambda *_: Figure((1, 1)))
+        yield
+
+
+SECOND = ["--resume", "--self_critical", "true"]
+
+
+@pytest.fixture(scope="module")
+def first(tiny_flags, tmp_path_factory):
+    """The folder of a finished run of the first phase."""
+    folder = tmp_path_factory.mktemp("first")
+    assert call(train.main, *tiny_flags, *flags(folder, dropout=0.0, batch_size=4, epochs=1)).code == 0
+    return folder
+
+
+def begin_from(first, folder):
+    """A copy of its checkpoints."""
+    (folder / "models").mkdir()
+    for name in (CHECKPOINT, BEST_CHECKPOINT):
+        (folder / "models" / name).write_bytes((first / "models" / name).read_bytes())
+
+
+def second_flags(tiny_flags, folder, **settings):
+    return [*SECOND, *tiny_flags, *flags(folder, **dict(batch_size=4, dropout=0.5, self_critical_lr=1e-3,
+                                                        self_critical_xe=0.5) | settings)]
+
+
+@pytest.fixture(scope="module")
+def second(first, tiny_flags, tmp_path_factory):
+    """The folder of a run of the second phase that was not interrupted, and what it printed."""
+    folder = tmp_path_factory.mktemp("second")
+    begin_from(first, folder)
+    done = call(train.main, *second_flags(tiny_flags, folder))
+    assert done.code == 0, done
+    return folder, done.out
+
+
+def test_the_second_phase_begins_from_the_best_checkpoint_and_says_so(first, second):
+    folder, printed = second
+    best = load_checkpoint(first / "models" / BEST_CHECKPOINT)
+    assert f"begins from {folder / 'models' / BEST_CHECKPOINT}: epoch {best['epoch']}" in printed
+    assert "decoder_lr 0.001, encoder_lr 0.001" in printed
+    kept = load_checkpoint(folder / "models" / CROSS_ENTROPY_CHECKPOINT)
+    assert_same(kept["decoder"], best["decoder"])
+    last = load_checkpoint(folder / "models" / CHECKPOINT)
+    assert last["progress"]["began"] == best["epoch"] and last["epoch"] == best["epoch"] + 2
+    assert last["progress"]["best"] >= best["progress"]["best"]
+    run, = (folder / "logs").iterdir()
+    lines = [json.loads(line) for line in (run / "log.jsonl").open()]
+    assert [line["epoch"] for line in lines] == [best["epoch"] + 1, best["epoch"] + 2]
+    for line in lines:
+        assert line["train"].keys() >= {"policy_gradient", "reward", "reward_spread", "sample_length",
+                                        "sample_unfinished", "sample_bad_ending", "sample_repetition"}
+        assert line["train"]["cross_entropy"] == pytest.approx(
+            2 * (line["train"]["loss"] - line["train"]["policy_gradient"]) - line["train"]["coverage"])
+        assert line["train"]["reward"] > 0 and line["train"]["reward_spread"] > 0
+        assert line["valid"].keys() >= {"cross_entropy", "CIDEr", "distinct_captions"}
+    assert outcome(folder)["scalars"].keys() >= {"train/reward", "train/gradient_norm", "valid/distinct_captions"}
+
+
+def test_the_second_phase_resumes_in_mid_epoch(first, second, tiny_flags, tmp_path, monkeypatch):
+    begin_from(first, tmp_path)
+    loss, steps = train.self_critical_loss, itertools.count(1)
+
+    def loss_and_signal(*args):
+        if next(steps) in (2, 4):
+            signal.raise_signal(signal.SIGTERM)
+        return loss(*args)
+    monkeypatch.setattr(train, "self_critical_loss", loss_and_signal)
+    for code in (128 + signal.SIGTERM, 128 + signal.SIGTERM, 0):
+        assert call(train.main, *second_flags(tiny_flags, tmp_path)).code == code
+    assert_same(outcome(tmp_path), outcome(second[0]))
+
+
+def test_the_second_phase_killed_anywhere_ends_as_if_it_had_not_been(first, second, tiny_flags, tmp_path):
+    begin_from(first, tmp_path)
+    given, rng, killed = second_flags(tiny_flags, tmp_path), random.Random(KILLS), 0
+    while killed < KILLS:
+        process = start(*given)
+        while "training and" not in process.stdout.readline():
+            pass
+        time.sleep(rng.uniform(0, 2))
+        process.send_signal(rng.choice((signal.SIGKILL, signal.SIGTERM)))
+        process.communicate()
+        killed += process.returncode != 0
+        if not load_checkpoint(tmp_path / "models" / CHECKPOINT)["config"]["self_critical"] or not process.returncode:
+            shutil.rmtree(tmp_path / "models")  # not begun, or done: all over again
+            shutil.rmtree(tmp_path / "logs", ignore_errors=True)
+            begin_from(first, tmp_path)
+    assert call(train.main, *given).code == 0
+    assert_same(outcome(tmp_path), outcome(second[0]))
+
+
+def test_two_processes_share_the_second_phase(first, tiny_flags, tmp_path):
+    outcomes = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        begin_from(first, folder)
+        given = second_flags(tiny_flags, folder, fine_tune_encoder="false", checkpoint_minutes=60,
+                             self_critical_lr=2e-4)
+        process = start(*given, torchrun=["--standalone", f"--nproc_per_node={processes}"])
+        assert process.wait(timeout=240) == 0
+        process.stdout.close()
+        outcomes.append(outcome(folder))
+    assert_near(outcomes[1], outcomes[0], share=0.2)  # many words are not among the samples
+
+
+def test_what_the_second_phase_refuses(first, second, tiny_flags, tmp_path):
+    fails(train.main, *tiny_flags, *flags(tmp_path), "--self_critical", "true", parts=("--resume", "cross entropy"))
+    fails(train.main, "--resume", *tiny_flags, *flags(second[0]), "--self_critical", "false",
+          parts=(CROSS_ENTROPY_CHECKPOINT, "cross entropy"))
+    begin_from(first, tmp_path)
+    (tmp_path / "models" / BEST_CHECKPOINT).unlink()
+    fails(train.main, *second_flags(tiny_flags, tmp_path), parts=(BEST_CHECKPOINT, "does not exist"))
