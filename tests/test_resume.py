@@ -191,6 +191,7 @@ def lone(tiny_flags, tmp_path_factory):
     return folder
 
 
+@pytest.mark.paper  # which weights get rounding for a gradient depends on the model
 def test_a_worker_that_dies_is_started_again_and_the_run_ends_the_same(lone, tiny_flags, tmp_path):
     """torchrun stops the other one and starts both again, which resume from the last checkpoint."""
     rng, deaths, path = random.Random(KILLS), max(KILLS // 3, 1), tmp_path / "models" / "checkpoint.pth.tar"
@@ -207,6 +208,7 @@ def test_a_worker_that_dies_is_started_again_and_the_run_ends_the_same(lone, tin
     assert_near(outcome(tmp_path), outcome(lone))
 
 
+@pytest.mark.paper
 @pytest.mark.skipif(KILLS < 6, reason="the one before shows it too, of two: KILLS=6")
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_a_run(lone, tiny_flags, tmp_path, processes):

@@ -42,6 +42,7 @@ def test_both_sides_of_training_agree(encoder, start, other, monkeypatch):
     run.check("train_kept_features" if start == "pixels" else "train_decoder_as_written", found[0], found[2])
 
 
+@pytest.mark.paper  # the weights that make it write twelve words are the paper's
 def test_validation_is_timed_from_batches_to_scores(tmp_path, monkeypatch):
     scored, dataset = [], run.RandomDataset(tmp_path / "images", 3)
     monkeypatch.setattr(run, "score", lambda *args: scored.append((*args, run.time.sleep(0.05))))
