@@ -227,21 +227,24 @@ def self_critical_loss(scores, targets, caption_lengths, rewards, word_map):
     advantages = (rewards - rewards.mean(dim=1, keepdim=True)) * K / (K - 1)
     steps = to_device((caption_lengths - 1).flatten(), scores.device)  # a caption's tokens
     advantages = advantages.to(scores.dtype).flatten().repeat_interleave(steps, output_size=len(targets))  # (M,)
-    log_p = log_policy(scores, word_map).gather(1, targets[:, None]).squeeze(1)
+    log_p = log_policy(scores, never_generated(word_map, scores.device)).gather(1, targets[:, None]).squeeze(1)
     return dict(
         policy_gradient=Term(-(advantages * log_p).sum(), "tokens", 1.0),
         reward=Term(rewards.sum(), "captions"),
         reward_spread=Term(rewards.std(dim=1).sum() * K, "captions"))  # between the samples of a picture
 
 
-def log_policy(scores, word_map):
-    """Log-probabilities of the next word in a generated caption, which has no <pad>, <start> or <unk>.
+def log_policy(scores, never):
+    """Log-probabilities of the next word in a generated caption.
 
-    Args: scores (..., V). Returns: float32 (..., V).
+    Args: scores (..., V). never: of never_generated. Returns: float32 (..., V).
     """
-    never = torch.zeros(scores.shape[-1], dtype=torch.bool)
-    never[[word_map[PAD], word_map[START], word_map[UNK]]] = True
-    return F.log_softmax(scores.float().masked_fill(to_device(never, scores.device), -torch.inf), dim=-1)
+    return F.log_softmax(scores.float().index_fill(-1, never, -torch.inf), dim=-1)
+
+
+def never_generated(word_map, device):
+    """The words that no generated caption has: <pad>, <start> and <unk>. Returns: int64 (3,)."""
+    return torch.tensor([word_map[PAD], word_map[START], word_map[UNK]], device=device)
 
 
 def top5_hits(scores, targets):
@@ -266,11 +269,12 @@ def sample(decoder, grid, draws, word_map):
         counted.
     """
     features, h, c = decoder.start(grid, draws.shape[1])
+    never = never_generated(word_map, grid.device)
     captions = [torch.full(draws.shape[:2], word_map[START], device=grid.device)]
     active = torch.ones_like(captions[0], dtype=torch.bool)
     for draw in draws.unbind(dim=2):
         h, c, _ = decoder.step(features, captions[-1], h, c)
-        cumulative = log_policy(decoder.fc(h), word_map).exp().cumsum(dim=2)
+        cumulative = log_policy(decoder.fc(h), never).exp().cumsum(dim=2)
         word = torch.searchsorted(cumulative, draw.unsqueeze(2) * cumulative[:, :, -1:], right=True).squeeze(2)
         captions.append(word.where(active, word_map[PAD]))
         active = active & (word != word_map[END])
@@ -304,7 +308,7 @@ def beam_search(decoder, grid, beam_size, max_len, word_map):
         Captions
     """
     B, K, V, T, device = len(grid), beam_size, len(word_map), max_len + 1, grid.device
-    never = torch.tensor([word_map[PAD], word_map[START], word_map[UNK]], device=device)
+    never = never_generated(word_map, device)
     features, h, c = decoder.start(grid, K)
     word = torch.full((B, K), word_map[START], device=device)
     score = torch.full((B, K), -torch.inf, device=device)

@@ -341,7 +341,7 @@ class Sums:
 def teacher_forced(encoder, decoder, images, captions, lengths, config, step):
     """The loss of the true captions. Returns: see SelfCritical."""
     terms = caption_loss(*decoder(encoder(images), captions, lengths), lengths, config)
-    return terms, dict(zip(COUNTS, counts_of(lengths))), {}
+    return terms, counts_of(lengths), {}
 
 
 class SelfCritical:
@@ -356,8 +356,9 @@ class SelfCritical:
 
     def __init__(self, decoder, dataset, config, word_map, device, rank=0, world_size=1):
         self.decoder, self.word_map, self.share = decoder, word_map, slice(rank, None, world_size)
-        has_captions = (dataset.caption_lengths > 0).any(dim=1)
-        self.cider = CiderD(dataset.captions[has_captions, :, 1:].to(device), len(word_map))
+        lengths = dataset.caption_lengths
+        references = dataset.captions[(lengths > 0).any(dim=1), :, 1:int(lengths.max())]
+        self.cider = CiderD(references.to(device), len(word_map))
 
     def __call__(self, encoder, decoder, images, captions, lengths, config, step):
         """
@@ -381,12 +382,12 @@ class SelfCritical:
         terms = self_critical_loss(scores, targets, sample_lengths, rewards, self.word_map)
         terms |= {f"sample_{name}": Term(number.sum(), "captions")
                   for name, number in dict(length=sample_lengths - 1, **faults).items()}
-        counts = dict(zip(COUNTS, counts_of(sample_lengths)))
+        counts = counts_of(sample_lengths)
         if config.self_critical_xe:
             true = caption_loss(*decoder(grid, captions, lengths), lengths, config)
             terms |= {name: term._replace(per=f"true_{term.per}", weight=config.self_critical_xe * term.weight)
                       for name, term in true.items()}
-            counts |= {f"true_{name}": number for name, number in zip(COUNTS, counts_of(lengths))}
+            counts |= {f"true_{name}": number for name, number in counts_of(lengths).items()}
         return terms, counts, dict(sampling=drawn - clock, reward=scored - drawn)
 
 
@@ -495,9 +496,8 @@ def validate(encoder, decoder, loader, config, word_map, pause):
         scores, targets, alphas = decoder(grid, captions.to(device), lengths)
         terms = caption_loss(scores, targets, alphas, lengths, config)
         kinds = {name: (term.per, term.weight) for name, term in terms.items()}
-        numbers = {name: term.sum.item() for name, term in terms.items()}
-        numbers |= dict(zip(COUNTS, counts_of(lengths).tolist()))
-        sums = {name: sums.get(name, 0.0) + value for name, value in numbers.items()}
+        numbers = {name: term.sum for name, term in terms.items()} | counts_of(lengths)
+        sums = {name: sums.get(name, 0.0) + value.item() for name, value in numbers.items()}
         for row, caption in zip(rows.tolist(), generate(decoder, grid, word_map, config.max_len, beam_size=1)):
             if row >= PICTURES_SHOWN:
                 del caption["alphas"]
@@ -510,20 +510,20 @@ def validate(encoder, decoder, loader, config, word_map, pause):
     return found, sorted(gather_lists(generated), key=lambda caption: caption["row"])
 
 
-COUNTS = "tokens", "captions", "images"
-
-
 def counts_of(lengths):
-    """How many there are of each of COUNTS in a batch. Args: caption_lengths (B, K). Returns: int64 (3,)."""
+    """How many tokens, captions and images there are in a batch. Args: caption_lengths (B, K).
+
+    Returns: dict: name -> int64, 0-dim, on the CPU.
+    """
     captions = (lengths > 0).sum()
-    return torch.stack([lengths.sum() - captions, captions, torch.full_like(captions, len(lengths))])
+    return dict(tokens=lengths.sum() - captions, captions=captions, images=torch.tensor(len(lengths)))
 
 
 def means(sums, terms, seconds):
     """Means of sums.
 
     Args:
-        sums (dict): name -> float, of each term and of COUNTS. terms (dict): name -> (per, weight). seconds (float).
+        sums (dict): name -> float, of each term and of counts_of. terms (dict): name -> (per, weight). seconds (float).
     Returns:
         dict: loss; then each term by its name (cross_entropy in nats per token; coverage, the mean of
         (1 - sum of alpha)^2; top5, a share of tokens); then images_per_s (over all processes).

@@ -56,8 +56,8 @@ from fast.encoder import Replayed  # noqa: E402
 from fast.features import KeptFeatures  # noqa: E402
 from models import DecoderWithAttention, Encoder, beam_search, caption_loss  # noqa: E402
 from scores import score  # noqa: E402
-from train import (COUNTS, Progress, Sums, counts_of, make_optimizers, mixed_precision, parameters,  # noqa: E402
-                   prepare, teacher_forced, train_one_epoch, validate)
+from train import (Progress, Sums, counts_of, make_optimizers, mixed_precision, parameters, prepare,  # noqa: E402
+                   teacher_forced, train_one_epoch, validate)
 from utils import UserError, get_device, keep_freed_memory, run  # noqa: E402
 
 CONFIG = Config(encoder_weights="none", dropout=0.0)  # dropout draws other numbers on each side
@@ -180,7 +180,7 @@ def train_case(side, device, start="features", precision="float32", as_written=F
         if start == "kept":
             features = runs.encoder(images).half()
         given, encoder = (images, runs.training_encoder) if features is None else (features, KeptFeatures(None))
-        totals = dict(zip(COUNTS, counts_of(lengths).to(device)))
+        totals = {name: number.to(device) for name, number in counts_of(lengths).items()}
 
         def loss_of_batch():
             with mixed_precision(config, device):
@@ -189,6 +189,11 @@ def train_case(side, device, start="features", precision="float32", as_written=F
 
         runs.decoder.train()
     decoder.train()
+    return training_step(loss_of_batch, decoder, optimizers, config.grad_clip, device)
+
+
+def training_step(loss_of_batch, decoder, optimizers, clip, device):
+    """A case of a loss: backward, clipping by value, Adam. Both sides must agree on loss and gradient."""
     result = {}
 
     def step():
@@ -196,7 +201,7 @@ def train_case(side, device, start="features", precision="float32", as_written=F
         for optimizer in optimizers.values():
             optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_value_(parameters(optimizers), config.grad_clip)
+        torch.nn.utils.clip_grad_value_(parameters(optimizers), clip)
         for optimizer in optimizers.values():
             optimizer.step()
         result["loss"] = loss.detach()
@@ -216,7 +221,7 @@ def self_critical_case(side, device):
     config, word_map, pictures = replace(CONFIG, self_critical=True), make_word_map(V), PICTURES[device.type]
     _, captions, lengths = make_batch(pictures, TOKENS, V, device)
     encoder, decoder = make_models(side, config, V, device, talkative=True)
-    features, result = make_features(pictures, device), {}
+    features = make_features(pictures, device)
     if side == "reference":
         optimizers = {"decoder": torch.optim.Adam(decoder.parameters(), lr=config.self_critical_lr)}
         draws = train.draws_of_step(config, 0).to(device)[:pictures]
@@ -237,18 +242,7 @@ def self_critical_case(side, device):
             terms, counts, _ = objective(KeptFeatures(None), runs.decoder.eval(), features, captions, None, config, 0)
             return terms["policy_gradient"].sum / counts["tokens"]
 
-    def step():
-        loss = loss_of_batch()
-        optimizers["decoder"].zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_value_(parameters(optimizers), config.self_critical_clip)
-        optimizers["decoder"].step()
-        result["loss"] = loss.detach()
-
-    def outcome():
-        return dict(loss=result["loss"].item(),
-                    gradient=torch.cat([p.grad.flatten().float().cpu() for p in decoder.parameters()]).numpy())
-    return step, outcome, 10 if device.type == "cuda" else 1
+    return training_step(loss_of_batch, decoder, optimizers, config.self_critical_clip, device)
 
 
 def eval_case(side, device, start, beam_size=5, pictures=64):

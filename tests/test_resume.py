@@ -100,17 +100,22 @@ def assert_same(found, expected, where="", atol=0.0):
         assert found == expected, where
 
 
+def interrupt(process, rng, seconds, signals):
+    """Send a run one of these signals, so many seconds after its beginning at most. Returns: exit code, output."""
+    while "training and" not in (line := process.stdout.readline()):
+        assert line, "it ended before it began"
+    time.sleep(rng.uniform(0, seconds))
+    process.send_signal(rng.choice(signals))
+    code = process.wait(timeout=60)
+    return code, process.communicate()[0]
+
+
 def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(whole, tiny_flags, tmp_path):
     """Half of the signals are SIGKILL; most come while a checkpoint is written, as that takes most of the time."""
     rng, killed, resume = random.Random(KILLS), 0, []
     while killed < KILLS:
-        process = start(*resume, *tiny_flags, *flags(tmp_path))
-        while "training and" not in (line := process.stdout.readline()):
-            assert line, "it ended before it began"
-        time.sleep(rng.uniform(0, 1.5))
-        process.send_signal(rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)))
-        code = process.wait(timeout=60)
-        output = process.communicate()[0]
+        code, output = interrupt(start(*resume, *tiny_flags, *flags(tmp_path)), rng, 1.5,
+                                 (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT))
         # A run that has finished no longer catches signals while Python ends.
         assert code in (-signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT, 0) or (
             code in (-signal.SIGTERM, -signal.SIGINT) and "Finished" in output), (code, output)
@@ -161,7 +166,7 @@ def test_a_run_that_is_there_is_not_begun_again(whole, tiny_flags):
 # Several processes
 
 
-def assert_near(many, one, share=0.4):
+def assert_near(many, one, share=0.5):
     """What several processes gave against what one gave: but for rounding the same.
 
     Adam divides a gradient by its own size. Where that is nothing but rounding (the attention's hidden units that are
@@ -173,7 +178,7 @@ def assert_near(many, one, share=0.4):
     assert_same(many["log"], one["log"], "log", atol=1e-5)
     compared = 0
     for number, (name, weight) in enumerate(one["state"]["decoder"].items()):
-        real = one["state"]["optimizers"]["decoder"]["state"][number]["exp_avg_sq"].sqrt() > 1e-5
+        real = one["state"]["optimizers"]["decoder"]["state"][number]["exp_avg_sq"].sqrt() > 1e-6
         assert torch.allclose(many["state"]["decoder"][name][real], weight[real], rtol=0, atol=1e-5), name
         compared += int(real.sum())
     assert compared > share * sum(weight.numel() for weight in one["state"]["decoder"].values())

@@ -4,14 +4,13 @@ import json
 import random
 import shutil
 import signal
-import time
 
 import pytest
 import torch
 from conftest import call
-from matplotlib.figure import Figure
 from pycocoevalcap.cider.cider import Cider
-from test_resume import KILLS, assert_near, assert_same, flags, outcome, start
+from test_resume import (KILLS, assert_near, assert_same, flags, interrupt, outcome, small_figures,  # noqa: F401
+                         start)
 from test_scripts import fails
 from test_train import epoch_of
 
@@ -19,11 +18,12 @@ import train
 from checkpoint import BEST_CHECKPOINT, CHECKPOINT, CROSS_ENTROPY_CHECKPOINT, load_checkpoint
 from datasets import END, PAD, START, UNK, load_word_map
 from fast.decoder import FastDecoder
-from models import DecoderWithAttention, log_policy, sample, self_critical_loss
+from models import DecoderWithAttention, log_policy, never_generated, sample, self_critical_loss
 from scores import CiderD, caption_faults, cider, numbered
 
 CPU = torch.device("cpu")
 WORD_MAP = {word: number for number, word in enumerate([PAD, "a", "b", "c", UNK, START, END])}
+NEVER = never_generated(WORD_MAP, CPU)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_samples_are_drawn_from_what_the_decoder_gives(as_fast, decoder):
     assert torch.equal(words == WORD_MAP[PAD], after_end > 0)
     with torch.no_grad():
         scores, targets, _ = runs(grid, captions, lengths)
-    upper = log_policy(scores, WORD_MAP).exp().cumsum(dim=1)
+    upper = log_policy(scores, NEVER).exp().cumsum(dim=1)
     interval = torch.cat([torch.zeros(len(upper), 1), upper], dim=1)
     drawn = draws[:, :, :words.shape[2]][torch.arange(words.shape[2]) < lengths.unsqueeze(2) - 1]
     low, high = (interval.gather(1, targets[:, None] + i).squeeze(1) for i in (0, 1))
@@ -108,8 +108,8 @@ def reward_of(captions):
 
 
 def gradient_of(loss, decoder):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*decoder.parameters()], allow_unused=True)
-                      if g is not None])
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*decoder.parameters()], retain_graph=True,
+                                                               allow_unused=True) if g is not None])
 
 
 def test_the_gradient_s_expectation_is_that_of_the_expected_reward(decoder):
@@ -124,7 +124,7 @@ def test_the_gradient_s_expectation_is_that_of_the_expected_reward(decoder):
         ids[0, k, :len(words) + 1] = torch.tensor([WORD_MAP[START], *words])
     lengths = (ids != 0).sum(dim=2)
     scores, targets, _ = decoder(grid, ids, lengths)
-    log_p = log_policy(scores, WORD_MAP).gather(1, targets[:, None]).squeeze(1)
+    log_p = log_policy(scores, NEVER).gather(1, targets[:, None]).squeeze(1)
     p = torch.stack([part.sum().exp() for part in log_p.split((lengths - 1)[0].tolist())])
     assert p.sum().item() == pytest.approx(1, abs=1e-5)
     expected = gradient_of(-(p * reward_of(ids[0, :, 1:])).sum(), decoder)
@@ -137,8 +137,7 @@ def test_the_gradient_s_expectation_is_that_of_the_expected_reward(decoder):
         rewards = reward_of(drawn[:, :, 1:])
         loss = self_critical_loss(scores, targets, lengths, rewards, WORD_MAP)["policy_gradient"].sum / (B * K)
         estimates.append(gradient_of(loss, decoder))
-        log_p = log_policy(decoder(grid.expand(B, -1, -1, -1), drawn, lengths)[0], WORD_MAP)
-        log_p = log_p.gather(1, targets[:, None]).squeeze(1)
+        log_p = log_policy(scores, NEVER).gather(1, targets[:, None]).squeeze(1)
         without.append(gradient_of(-(log_p * rewards.flatten().repeat_interleave((lengths - 1).flatten())).sum()
                                    / (B * K), decoder))
     estimates, without = torch.stack(estimates), torch.stack(without)
@@ -170,13 +169,6 @@ def test_no_parameter_loses_its_gradient_to_the_samples_in_bfloat16(tiny_flags):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The second phase of a run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_figures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runlog.draw_attention", lambda *_: Figure((1, 1)))
-        yield
 
 
 SECOND = ["--resume", "--self_critical", "true"]
@@ -253,14 +245,9 @@ def test_the_second_phase_killed_anywhere_ends_as_if_it_had_not_been(first, seco
     begin_from(first, tmp_path)
     given, rng, killed = second_flags(tiny_flags, tmp_path), random.Random(KILLS), 0
     while killed < KILLS:
-        process = start(*given)
-        while "training and" not in process.stdout.readline():
-            pass
-        time.sleep(rng.uniform(0, 2))
-        process.send_signal(rng.choice((signal.SIGKILL, signal.SIGTERM)))
-        process.communicate()
-        killed += process.returncode != 0
-        if not load_checkpoint(tmp_path / "models" / CHECKPOINT)["config"]["self_critical"] or not process.returncode:
+        code, _ = interrupt(start(*given), rng, 2, (signal.SIGKILL, signal.SIGTERM))
+        killed += code != 0
+        if not load_checkpoint(tmp_path / "models" / CHECKPOINT)["config"]["self_critical"] or not code:
             shutil.rmtree(tmp_path / "models")  # not begun, or done: all over again
             shutil.rmtree(tmp_path / "logs", ignore_errors=True)
             begin_from(first, tmp_path)
