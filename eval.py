@@ -20,7 +20,8 @@ from config import boolean, parse_args, positive
 from data.sample import attention_peak_hits, is_true, read_scenes
 from datasets import CaptionDataset, make_loader, tokenize_references
 from models import generate, pixel_positions
-from scores import attention_course, characters, diagnose, meteor, official_scores, ptb_tokenize, score
+from scores import (attention_course, characters, diagnose, diagnose_words, meteor, official_scores, ptb_tokenize,
+                    score)
 from utils import UserError, gather_lists, init_distributed, meet_processes, run, write_text
 
 
@@ -64,6 +65,7 @@ def main():
     print(", ".join(f"{name} {value}" for name, value in protocol.items()))
     scores = score_captions(captions, hypotheses, references, submission, dataset, args.official)
     diagnosis, warnings = diagnose(hypotheses, [caption["course"] for caption in captions], checkpoint["word_map"])
+    diagnosis |= diagnose_words(hypotheses, references, training_captions(config))
     for name, value in {**scores, **diagnosis}.items():
         print(f"{name:>26} {value:.4f}" if isinstance(value, float) else f"{name:>26} {value}")
     for warning in warnings:
@@ -106,6 +108,15 @@ def caption_split(runs, loader, config, word_map, beam_size, positions, device):
                 captions[-1]["measures"] = (is_true("".join(caption["words"]), scene),
                                             *attention_peak_hits(caption["words"], alphas, positions, scene))
     return sorted(gather_lists(captions), key=lambda caption: caption["row"])
+
+
+def training_captions(config):
+    """The captions that the model was trained on, as one string each, without 。. Returns: set; None without the file.
+    """
+    if not (Path(config.data_dir) / "train.h5").exists():
+        return None
+    return {"".join(raw.replace("。", "").split()) for captions in CaptionDataset(config, "train").raw_captions
+            for raw in captions}
 
 
 def score_captions(captions, hypotheses, references, submission, dataset, is_official):

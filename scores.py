@@ -317,3 +317,24 @@ def diagnose(hypotheses, courses, word_map):
     return dict(distinct_captions=len(counts), same_caption_twice=same, mean_length=sum(map(len, hypotheses)) / n,
                 vocabulary_used=len(known & set().union(*hypotheses)) / max(len(known), 1),
                 attention_shift=float(shift), attention_entropy=float(entropy)), warned
+
+
+def diagnose_words(hypotheses, references, seen):
+    """What the words of generated captions have that people's have not.
+
+    Args:
+        hypotheses (list of lists of str): one per picture. references: see score.
+        seen (set of str): training captions, not segmented, without 。; None where they are not at hand.
+    Returns:
+        dict: bad_endings (share of the captions that end with one of BAD_ENDINGS), repeated_words (share that have some
+        word twice), length_ratio (words per caption over those per reference), copied_captions (share that some
+        training caption equals; not without `seen`).
+    """
+    n, human = len(hypotheses), [words for captions in references for words in captions]
+    found = dict(bad_endings=sum(words[-1:] in [[ending] for ending in BAD_ENDINGS] for words in hypotheses) / n,
+                 repeated_words=sum(len(set(words)) < len(words) for words in hypotheses) / n)
+    if human:
+        found["length_ratio"] = (sum(map(len, hypotheses)) / n) / (sum(map(len, human)) / len(human))
+    if seen is not None:
+        found["copied_captions"] = sum("".join(words) in seen for words in hypotheses) / n
+    return found

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import scores
-from scores import attention_course, characters, diagnose, meteor, official_scores, ptb_tokenize, score
+from scores import (attention_course, characters, diagnose, diagnose_words, meteor, official_scores, ptb_tokenize,
+                    score)
 from utils import UserError
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
@@ -156,6 +157,14 @@ def test_numbers_of_the_diagnosis():
     assert numbers["same_caption_twice"] == pytest.approx(1 / 6) and numbers["vocabulary_used"] == 2 / 4
     numbers, _ = diagnose([[]] * 30, [attention_course(np.empty((0, 14, 14)), POSITIONS)] * 30, {"<pad>": 0})
     assert numbers["mean_length"] == numbers["attention_shift"] == 0, "of empty captions"
+
+
+def test_diagnosis_of_words():
+    captions = [["一个", "人"], ["草地", "上", "的"], ["狗", "和", "狗"], []]
+    references = [[["一个", "男人"]], [["草地"], ["草地", "上", "的"]], [], []]
+    found = diagnose_words(captions, references, {"一个人", "狗和狗", "狗"})
+    assert found == dict(bad_endings=1 / 4, repeated_words=1 / 4, length_ratio=2 / 2, copied_captions=2 / 4)
+    assert diagnose_words(captions, [[]] * 4, None).keys() == {"bad_endings", "repeated_words"}
 
 
 def test_attention_that_hardly_moves_or_is_uniform_is_noticed():
