@@ -1,10 +1,16 @@
 """Scores of captions: BLEU, ROUGE-L, CIDEr, METEOR, AI Challenger's evaluator; and checks for a collapsed model.
 
+    python scores.py CAPTIONS.json REFERENCES.json                    # anyone's captions against anyone's references
+    python scores.py CAPTIONS.json REFERENCES.json --official true    # as AI Challenger's evaluator too; needs Java
+
 `score` needs no Java; training chooses its best checkpoint by it. METEOR and AI Challenger's evaluator run the jars of
 pycocoevalcap with the `java` on the PATH, for at most JAVA_SECONDS.
 """
+import argparse
 import collections
+import importlib.metadata
 import itertools
+import json
 import math
 import re
 import subprocess
@@ -21,8 +27,9 @@ from pycocoevalcap.meteor import meteor as meteor_module
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 
+from config import boolean, fail
 from datasets import END, PAD, START, UNK, tokenize
-from utils import UserError, precise, to_device, write_text
+from utils import UserError, precise, run, to_device, write_text
 
 JAVA_SECONDS = 300  # METEOR of 30,000 pictures takes a tenth of that
 # Thresholds for a warning. Two random pictures hardly ever deserve the same caption, while a model with ten captions
@@ -234,6 +241,19 @@ def official_scores(submission, references):
     Raises:
         UserError: what the evaluator rejected: a picture missing, unknown or repeated, an empty entry; or Java fails.
     """
+    check_submission(submission, references)
+    hypotheses = ptb_tokenize([entry["caption"] for entry in submission])
+    own = [references[entry["image_id"]] for entry in submission]
+    tokens = iter(ptb_tokenize([caption for captions in own for caption in captions]))
+    human = [[next(tokens) for _ in captions] for captions in own]
+    # If no n-gram matches, nltk's BLEU is 0 and this one almost 0.
+    bleu, _ = Bleu(4).compute_score(*join_words(hypotheses, human), verbose=0)
+    return {**score(hypotheses, human), **{f"BLEU-{n}": value for n, value in enumerate(bleu, 1)},
+            **meteor(hypotheses, human)}
+
+
+def check_submission(submission, references):
+    """Refuse what AI Challenger's evaluator refused. Args and Raises: see official_scores."""
     for entry in submission:
         texts = [entry.get("image_id"), entry.get("caption")] if isinstance(entry, dict) else [None]
         if not all(isinstance(text, str) and text for text in texts):
@@ -243,13 +263,6 @@ def official_scores(submission, references):
                        ("repeated", [image_id for image_id, count in counts.items() if count > 1])):
         if ids:
             raise UserError(f"the submission has {len(ids)} {fault} pictures, such as {min(ids)}")
-    hypotheses = ptb_tokenize([entry["caption"] for entry in submission])
-    tokens = iter(ptb_tokenize([caption for image_id in counts for caption in references[image_id]]))
-    human = [[next(tokens) for _ in references[image_id]] for image_id in counts]
-    # If no n-gram matches, nltk's BLEU is 0 and this one almost 0.
-    bleu, _ = Bleu(4).compute_score(*join_words(hypotheses, human), verbose=0)
-    return {**score(hypotheses, human), **{f"BLEU-{n}": value for n, value in enumerate(bleu, 1)},
-            **meteor(hypotheses, human)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,3 +351,120 @@ def diagnose_words(hypotheses, references, seen):
     if seen is not None:
         found["copied_captions"] = sum("".join(words) in seen for words in hypotheses) / n
     return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Anyone's captions
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("captions", help="a submission of AI Challenger or COCO, or results of eval.py (JSON)")
+    parser.add_argument("references", help="annotations of AI Challenger or COCO, or results of eval.py (JSON)")
+    parser.add_argument("--official", type=boolean, default=False, metavar="BOOL",
+                        help="also compute the scores of AI Challenger's evaluator; needs Java (false)")
+    args = parser.parse_args()
+    human, names = read_references(args.references)
+    submission = read_submission(args.captions, names)
+    check_submission(submission, human)
+    hypotheses = [entry.get("words") or tokenize(entry["caption"]) for entry in submission]
+    references = [[tokenize(caption) for caption in human[entry["image_id"]]] for entry in submission]
+    scores = {**score(hypotheses, references), **meteor(hypotheses, references)}
+    by_character = score([*map(characters, hypotheses)], [[*map(characters, words)] for words in references])
+    scores |= {f"char {name}": value for name, value in by_character.items()}
+    if args.official:
+        scores |= {f"official {name}": value for name, value in official_scores(submission, human).items()}
+    for name, value in {**scores, **diagnose_words(hypotheses, references, None)}.items():
+        print(f"{name:>26} {value:.4f}")
+    print(signature(submission, human, scores))
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({' '.join(str(error).split())})") from None
+
+
+def picture_name(image_id):
+    """What a picture is called wherever it is named: its file name without .jpg, or COCO's number, as str."""
+    return re.sub(r"\.(jpg|jpeg|png)$", "", str(image_id), flags=re.IGNORECASE)
+
+
+def unsegmented(caption):
+    """A caption without white space, except between two Latin words or numbers. Returns: str."""
+    return re.sub(r"(?<=[^ -~])\s+|\s+(?=[^ -~])", "", caption.strip())
+
+
+def read_references(path):
+    """Human captions: AI Challenger's annotations, COCO's (as its evaluator and the contest's take), eval.py's results.
+
+    Returns:
+        dict: picture -> list of str, not segmented (white space between words is removed).
+        dict: other name of a picture -> picture.
+    Raises:
+        UserError: not such a file; no captions.
+    """
+    content, human, names = read_json(path), collections.defaultdict(list), {}
+    try:
+        if isinstance(content, dict) and "annotations" in content:
+            names = {str(image["id"]): picture_name(image["file_name"]) for image in content["images"]}
+            entries = [(names[str(entry["image_id"])], [entry["caption"]]) for entry in content["annotations"]]
+        elif isinstance(content, dict):
+            entries = [(picture_name(entry["image_id"]), entry["references"]) for entry in content["captions"]]
+        else:
+            entries = [(picture_name(entry["image_id"]), entry["caption"]) for entry in content]
+        for name, captions in entries:
+            captions = [captions] if isinstance(captions, str) else captions
+            human[name] += filter(None, map(unsegmented, captions))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} has no references as AI Challenger, COCO or eval.py write them "
+                        f"({type(error).__name__}: {error})") from None
+    human = {name: captions for name, captions in human.items() if captions}
+    if not human:
+        raise UserError(f"{path} has no references")
+    return human, names
+
+
+def read_submission(path, names):
+    """Generated captions: a list of image_id and caption, as AI Challenger and COCO take it, or eval.py's results.
+
+    Args: names (dict): of read_references.
+    Returns: list of dict: image_id (str), caption (str, not segmented), and words where the file has them.
+    Raises: UserError: not such a file.
+    """
+    content = read_json(path)
+    entries = content.get("captions") if isinstance(content, dict) else content
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{path} is not a list of image_id and caption, nor the results of eval.py")
+    found = []
+    for entry in entries:
+        name, caption = picture_name(entry.get("image_id", "")), entry.get("caption")
+        found.append(dict(image_id=names.get(name, name), caption=caption))
+        if isinstance(content, dict) and "words" in entry:
+            found[-1]["words"] = [word for word in entry["words"] if word != "。"]
+    return found
+
+
+def signature(submission, human, scores):
+    """All that the scores depend on besides the captions, in a line to be quoted with them. Returns: str."""
+    version, counts = importlib.metadata.version, [len(human[entry["image_id"]]) for entry in submission]
+    own = sum("words" in entry for entry in submission)
+    parts = dict(
+        pictures=len(submission), references=f"{min(counts)} to {max(counts)} per picture",
+        tokens=f"jieba {version('jieba')} exact mode, without 。, no PTB, captions "
+               + ("as the model wrote them" if own == len(submission) else "segmented anew"),
+        BLEU=f"nltk {version('nltk')}, closest reference length",
+        CIDEr="CIDEr-D, sigma 6, without <end>, document frequencies of these references",
+        ROUGE=f"pycocoevalcap {version('pycocoevalcap')}, beta 1.2")
+    if "METEOR" in scores:
+        parts["METEOR"] = "1.5, en, norm"
+    if "official CIDEr" in scores:
+        parts["official"] = "captions and references without 。, jieba exact, then PTB 3.4.1"
+    return " | ".join(f"{name}: {value}" for name, value in parts.items())
+
+
+if __name__ == "__main__":
+    run(main)

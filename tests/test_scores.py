@@ -1,12 +1,15 @@
 """Scores over words, over characters, and AI Challenger's; what a broken Java costs; how a bad model is noticed."""
+import json
 import shutil
 import sys
 import time
 
 import numpy as np
 import pytest
+from conftest import call, error_line
 
 import scores
+from datasets import tokenize
 from scores import (attention_course, characters, diagnose, diagnose_words, meteor, official_scores, ptb_tokenize,
                     score)
 from utils import UserError
@@ -105,6 +108,83 @@ def test_the_official_scores_are_those_of_the_official_pipeline():
     expected = {"BLEU-1": 0.797508257, "BLEU-2": 0.715925793, "BLEU-3": 0.625276449, "BLEU-4": 0.501233737,
                 "METEOR": 0.492436919, "ROUGE-L": 0.684514999, "CIDEr": 3.185582254}
     assert official_scores(SUBMISSION, REFERENCES) == pytest.approx(expected, abs=5e-7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Anyone's captions
+
+
+def formats(kind):
+    """The same captions and references, as several programs write them. Returns: captions, references (for JSON)."""
+    ids = {name: 1000 + i for i, name in enumerate(REFERENCES)}
+    annotations = [dict(id=i, image_id=ids[name], caption=" ".join(tokenize(text)))
+                   for i, (name, text) in enumerate((name, text) for name in REFERENCES for text in REFERENCES[name])]
+    coco = dict(images=[dict(id=number, file_name=f"{name}.jpg") for name, number in ids.items()],
+                annotations=annotations)
+    if kind == "contest":  # file_name has no suffix; every picture is there once per caption
+        return SUBMISSION, dict(images=[dict(id=ids[name], file_name=name) for name in ids for _ in "12"],
+                                annotations=annotations)
+    if kind == "coco":
+        return [dict(image_id=ids[entry["image_id"]], caption=entry["caption"]) for entry in SUBMISSION], coco
+    if kind == "annotations":
+        return SUBMISSION, [dict(url="", image_id=f"{name}.jpg", caption=[*texts, ""])
+                            for name, texts in REFERENCES.items()]
+    results = dict(captions=[dict(image_id=f"{entry['image_id']}.jpg", caption=entry["caption"],
+                                  words=tokenize(entry["caption"]), references=REFERENCES[entry["image_id"]])
+                             for entry in SUBMISSION])
+    return results, results
+
+
+def run_scores(folder, captions, references, *flags):
+    for name, content in (("captions", captions), ("references", references)):
+        (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return call(scores.main, folder / "captions.json", folder / "references.json", *flags)
+
+
+@pytest.mark.parametrize("kind", ["contest", "coco", "annotations", "results"])
+def test_anyones_captions_are_scored(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Java
+    result = run_scores(tmp_path, *formats(kind))
+    assert result.code == 0, result
+    printed = dict(line.rsplit(maxsplit=1) for line in result.out.splitlines() if line.startswith(" "))
+    expected = score([tokenize(entry["caption"]) for entry in SUBMISSION],
+                     [[*map(tokenize, REFERENCES[entry["image_id"]])] for entry in SUBMISSION])
+    assert {name.strip(): float(value) for name, value in printed.items()}.items() >= {
+        name: round(value, 4) for name, value in expected.items()}.items()
+    signature = result.out.splitlines()[-1]
+    assert "pictures: 4 | references: 1 to 4 per picture | tokens: jieba" in signature
+    assert ("as the model wrote them" in signature) == (kind == "results")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda captions, references: captions.pop(), "1 missing pictures, such as b"),
+    (lambda captions, references: captions.append(captions[0]), "1 repeated pictures, such as c"),
+    (lambda captions, references: captions.append(dict(image_id=3, caption="人")), "1 unknown pictures, such as 3"),
+    (lambda captions, references: captions[0].update(caption=""), "without image_id or caption"),
+    (lambda captions, references: captions.append("人"), "is not a list of image_id and caption"),
+    (lambda captions, references: references.pop("images"), "has no references as AI Challenger, COCO or eval.py"),
+    (lambda captions, references: references["annotations"].clear(), "references.json has no references"),
+])
+def test_what_cannot_be_scored_is_refused(change, message, tmp_path):
+    captions, references = json.loads(json.dumps(formats("coco")))
+    captions = [dict(image_id=entry["image_id"], caption=entry["caption"]) for entry in SUBMISSION]
+    change(captions, references)
+    result = run_scores(tmp_path, captions, references)
+    assert result.code == 2 and message in error_line(result.err) and not result.out
+
+
+def test_a_file_that_is_not_json(tmp_path):
+    (tmp_path / "x.json").write_bytes(b"\xff{")
+    for paths in ((tmp_path / "x.json",) * 2, (tmp_path / "none.json",) * 2):
+        result = call(scores.main, *paths)
+        assert result.code == 2 and "cannot be read as JSON" in error_line(result.err)
+
+
+@needs_java
+def test_the_official_scores_of_anyones_captions(tmp_path):
+    result = run_scores(tmp_path, *formats("contest"), "--official", "true")
+    expected = official_scores(SUBMISSION, REFERENCES)
+    assert f"official CIDEr {expected['CIDEr']:.4f}" in result.out and "PTB" in result.out.splitlines()[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
