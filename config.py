@@ -38,6 +38,7 @@ class Config:
     encoder_lr: float = 1e-4  # Adam, when fine-tuning
     decoder_lr: float = 4e-4  # Adam
     grad_clip: float = 5.0  # each component of the gradient is clipped to +-5; 0: no clipping
+    label_smoothing: float = 0.0  # share of every target word that is spread evenly over all words
     alpha_c: float = 1.0  # weight of the doubly stochastic term (eq. 14)
     lr_decay: float = 0.8  # both rates are multiplied by this ...
     lr_decay_epochs: int = 8  # ... after this many epochs in a row without a better score
@@ -66,7 +67,7 @@ class Config:
         at_least = dict(image_size=32, captions_per_image=1, max_len=1, min_word_freq=1, encoded_image_size=1,
                         emb_dim=1, attention_dim=1, decoder_dim=1, epochs=1, batch_size=1, lr_decay_epochs=1,
                         early_stop_epochs=1, samples=2, print_freq=1, seed=0, workers=0)
-        at_most = dict(max_bad_images=1, dropout=1, lr_decay=1, image_size=4096, max_len=200,
+        at_most = dict(max_bad_images=1, dropout=1, lr_decay=1, label_smoothing=1, image_size=4096, max_len=200,
                        encoded_image_size=256, workers=256,
                        seed=2**32 - 1)  # epoch and rank are mixed in, within 64 bits
         for field in dataclasses.fields(self):

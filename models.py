@@ -199,14 +199,19 @@ def caption_loss(scores, targets, alphas, caption_lengths, config):
 
     Args:
         scores, targets, alphas: as DecoderWithAttention.forward gives them. caption_lengths: (B, K).
-        config (Config): alpha_c, lambda of Eq. 14.
+        config (Config): alpha_c, lambda of Eq. 14; label_smoothing (Szegedy et al. 2016, arXiv 1512.00567, section 7).
     Returns:
         dict: name -> Term. The loss is the sum of weight * sum / number of what it is a mean over.
     """
     has_caption = (caption_lengths > 0).to(alphas.device)  # (B, K)
     coverage = ((1 - alphas.sum(dim=2)) ** 2).mean(dim=2)  # (B, K); over the pixels, so that P does not weigh in
+    smoothing, smooth = config.label_smoothing, {}
+    if smoothing:  # the cross entropy with a target that is spread evenly over all words
+        uniform = F.cross_entropy(scores, targets, reduction="sum", label_smoothing=1.0)
+        smooth = dict(uniform=Term(uniform, "tokens", smoothing))
     return dict(
-        cross_entropy=Term(F.cross_entropy(scores, targets, reduction="sum"), "tokens", 1.0),  # -log p(y | a)
+        cross_entropy=Term(F.cross_entropy(scores, targets, reduction="sum"), "tokens", 1 - smoothing),  # -log p(y | a)
+        **smooth,
         coverage=Term((coverage * has_caption).sum(), "captions", config.alpha_c),
         top5=Term(top5_hits(scores.detach(), targets), "tokens"))
 

@@ -84,6 +84,15 @@ def loss_of(decoder, batch, alpha_c=1.0):
     return sum(term.weight * term.sum / counts[term.per] for term in terms.values())
 
 
+def test_label_smoothing_is_that_of_pytorch():
+    scores, targets = torch.randn(7, 12), torch.randint(12, (7,))
+    lengths, config = torch.tensor([[5, 4]]), Config(alpha_c=0, label_smoothing=0.1)
+    terms = caption_loss(scores, targets, torch.rand(1, 2, 4, 9), lengths, config)
+    loss = sum(term.weight * term.sum for term in terms.values())
+    assert loss == pytest.approx(F.cross_entropy(scores, targets, reduction="sum", label_smoothing=0.1).item())
+    assert terms["cross_entropy"].sum == F.cross_entropy(scores, targets, reduction="sum"), "logged as it is without"
+
+
 def plain_loss(model, batch, alpha_c=1.0):
     """The same captions as separate examples, each with a copy of its picture."""
     grid, captions, lengths = batch
