@@ -30,6 +30,7 @@ class Config:
     attention_dim: int = 512  # hidden layer of the attention
     decoder_dim: int = 512  # LSTM state
     dropout: float = 0.5  # on the LSTM state, before the words are scored
+    length_penalty: float = 0.0  # captions compare by log-probability / tokens^this; 0 favours short ones
 
     # optimisation
     epochs: int = 120  # at most, of either phase; early stopping usually ends it earlier
@@ -38,6 +39,7 @@ class Config:
     encoder_lr: float = 1e-4  # Adam, when fine-tuning
     decoder_lr: float = 4e-4  # Adam
     grad_clip: float = 5.0  # each component of the gradient is clipped to +-5; 0: no clipping
+    mirror: bool = False  # train on a random half of the grids mirrored; not where captions tell left from right
     label_smoothing: float = 0.0  # share of every target word that is spread evenly over all words
     alpha_c: float = 1.0  # weight of the doubly stochastic term (eq. 14)
     lr_decay: float = 0.8  # both rates are multiplied by this ...

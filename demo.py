@@ -45,7 +45,8 @@ def main():
             print(f"unreadable picture: {error}")
             continue
         grid = runs.encoder(torch.from_numpy(image)[None].to(device))
-        caption, = generate(runs.decoder, grid, checkpoint["word_map"], config.max_len, args.beam_size)
+        caption, = generate(runs.decoder, grid, checkpoint["word_map"], config.max_len, args.beam_size,
+                            config.length_penalty)
         picture = open_picture(path)
         figure = draw_attention(picture, caption["words"], caption["alphas"], positions)
         with replacing(out / name) as temporary:

@@ -58,7 +58,8 @@ def main():
     submission = [dict(image_id=Path(image_id).stem, caption="".join(words))
                   for image_id, words in zip(dataset.image_ids, hypotheses)]
     protocol = dict(split=args.split, pictures=len(dataset), pictures_with_references=sum(map(bool, references)),
-                    references=sum(map(len, references)), beam_size=args.beam_size, captions="generated",
+                    references=sum(map(len, references)), beam_size=args.beam_size,
+                    length_penalty=config.length_penalty, captions="generated",
                     tokens="jieba, exact mode, without 。", char="one by one; runs of Latin letters or digits are one")
     if args.official:
         protocol["official"] = "jieba, exact mode, without 。, then PTB, for captions and references"
@@ -101,7 +102,8 @@ def caption_split(runs, loader, config, word_map, beam_size, positions, device):
     for images, _, _, rows in tqdm(loader, desc=f"caption {dataset.path.stem}", unit="batch",
                                    disable=dist.is_initialized() and dist.get_rank() > 0):
         grid = runs.encoder(images.to(device))
-        for row, caption in zip(rows.tolist(), generate(runs.decoder, grid, word_map, config.max_len, beam_size)):
+        found = generate(runs.decoder, grid, word_map, config.max_len, beam_size, config.length_penalty)
+        for row, caption in zip(rows.tolist(), found):
             alphas = caption.pop("alphas")
             captions.append(dict(row=row, course=attention_course(alphas, positions), **caption))
             if scene := scenes.get(dataset.image_ids[row]):

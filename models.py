@@ -299,16 +299,18 @@ class Captions(NamedTuple):
 
 
 @torch.no_grad()
-def beam_search(decoder, grid, beam_size, max_len, word_map):
+def beam_search(decoder, grid, beam_size, max_len, word_map, length_penalty=0.0):
     """The most probable caption of each picture, by beam search over all pictures at once.
 
     As in the original a beam that ends leaves the search, the others continue with one beam less, and the best that
-    ended wins by its plain sum of log-probabilities. Scores only fall, so a picture is finished as soon as no active
-    beam is better than its best ended one. Of equal scores the first counts: the lower beam, then the lower word.
+    ended wins: by its sum of log-probabilities, which prefers short captions, over its length to the `length_penalty`.
+    Sums only fall, so a picture is finished as soon as no active beam can become better than its best ended one. Of
+    equal scores the first counts: the lower beam, then the lower word.
 
     Args:
         decoder (DecoderWithAttention), in eval mode. grid: (B, h, w, D). beam_size (int): 1 is greedy.
         max_len (int): there are T = max_len + 1 steps, so that so many words and <end> fit. word_map (dict).
+        length_penalty (float): 0, the original's, compares sums; 1 means per token. <end> counts.
     Returns:
         Captions
     """
@@ -322,7 +324,7 @@ def beam_search(decoder, grid, beam_size, max_len, word_map):
     active = torch.arange(B, device=device)  # pictures that are not finished
     P = decoder.encoded_image_size ** 2
     words, alphas = word.new_empty(B, K, 0), score.new_empty(B, K, 0, P)  # of each beam so far, (b, K, t, ...)
-    best = score.new_full((B,), -torch.inf)  # of each picture the best caption's score, and what it is
+    best, sums = score.new_full((2, B), -torch.inf)  # of each picture's best caption: its rank, and what it is
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     out, out_alphas = word.new_full((B, T), word_map[PAD]), score.new_zeros(B, T, P)
 
@@ -342,21 +344,21 @@ def beam_search(decoder, grid, beam_size, max_len, word_map):
         candidates = score.masked_fill(~ends, -torch.inf)
         if t == T - 1:
             candidates = torch.where((ended[active] | ends.any(dim=1)).unsqueeze(1), candidates, open_score)
-        top, which = candidates.max(dim=1)
+        top, which = (candidates / (t + 1) ** length_penalty).max(dim=1)
         better = top > best[active]
         now, which = active[better], which[better]
-        best[now], ended[now] = top[better], ends[better, which]
+        best[now], sums[now], ended[now] = top[better], candidates[better, which], ends[better, which]
         out[now, :t + 1], out_alphas[now, :t + 1] = words[better, which], alphas[better, which]
 
         score, seats = open_score, seats - ends.sum(dim=1)
-        searched = (score.max(dim=1).values > best[active]) & (seats > 0)
+        searched = (score.max(dim=1).values / T ** length_penalty > best[active]) & (seats > 0)
         if not searched.any():
             break
         if not searched.all():
             features = [x[searched] for x in features]
             active, seats, h, c, word, score, words, alphas = (
                 x[searched] for x in (active, seats, h, c, word, score, words, alphas))
-    return Captions(out, best, ended, out_alphas)
+    return Captions(out, sums, ended, out_alphas)
 
 
 def first_largest(values, k):
@@ -370,16 +372,18 @@ def first_largest(values, k):
     return top[:, :k], index[:, :k]
 
 
-def generate(decoder, grid, word_map, max_len, beam_size):
+def generate(decoder, grid, word_map, max_len, beam_size, length_penalty=0.0):
     """Caption a batch of pictures.
 
     Args:
         decoder (DecoderWithAttention), in eval mode. grid: (B, h, w, D). word_map (dict). max_len, beam_size (int).
+        length_penalty (float): see beam_search.
     Returns:
         list of dict: words (list of str), score (float: sum of log-probabilities), ended (bool), alphas (float32 array
         (len(words), s, s): the attention at each word).
     """
-    found, words_by_id = beam_search(decoder, grid, beam_size, max_len, word_map), word_list(word_map)
+    found = beam_search(decoder, grid, beam_size, max_len, word_map, length_penalty)
+    words_by_id = word_list(word_map)
     captions = []
     for ids, score, ended, alphas in zip(found.words.tolist(), found.scores.tolist(), found.ended.tolist(),
                                          found.alphas.float().cpu()):

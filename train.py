@@ -340,8 +340,20 @@ class Sums:
 
 def teacher_forced(encoder, decoder, images, captions, lengths, config, step):
     """The loss of the true captions. Returns: see SelfCritical."""
-    terms = caption_loss(*decoder(encoder(images), captions, lengths), lengths, config)
+    terms = caption_loss(*decoder(see(encoder, images, config), captions, lengths), lengths, config)
     return terms, counts_of(lengths), {}
+
+
+def see(encoder, images, config):
+    """What the decoder is trained on: the encoder's grids, with --mirror a random half of them mirrored.
+
+    Returns: (B, h, w, D).
+    """
+    grid = encoder(images)
+    if config.mirror:  # of the grid, as kept features have no picture: nearly what the mirrored one would give
+        is_mirrored = torch.rand(len(grid), device=grid.device) < 0.5
+        grid = torch.where(is_mirrored[:, None, None, None], grid.flip(2), grid)
+    return grid
 
 
 class SelfCritical:
@@ -368,7 +380,7 @@ class SelfCritical:
         Returns:
             dict: the terms of the loss. dict: what they are means over -> its number. dict: seconds, by what took them.
         """
-        grid = encoder(images)
+        grid = see(encoder, images, config)
         clock = time.perf_counter()
         draws = to_device(draws_of_step(config, step)[self.share][:len(images)], grid.device)
         samples, sample_lengths = sample(self.decoder, grid.detach(), draws, self.word_map)

@@ -60,7 +60,7 @@ class Row(NamedTuple):
 
 ROWS = {
     "baseline": Row(beams=(1, 3, 5), seeds=3),
-    "length normalisation": Row(of="baseline", changes=("length_normalisation",), beams=(3, 5)),
+    "length_penalty 1": Row(dict(length_penalty=1), of="baseline", beams=(3, 5), seeds=3),
     "no gate": Row(changes=("no_gate",)),
     "alpha_c 0": Row(dict(alpha_c=0)),
     "alpha_c 0.1": Row(dict(alpha_c=0.1)),
@@ -154,7 +154,8 @@ def train_and_score(name, seed):
         execute(["train.py", *as_arguments(flags), *resume], code)
     for split, beam in todo:
         execute(["eval.py", "--checkpoint", best, "--data_dir", DATA, "--split", split, "--beam_size", beam,
-                 "--results", folder / f"results_{split}_beam{beam}.json"], code)
+                 "--results", folder / f"results_{split}_beam{beam}.json",
+                 *(as_arguments(row.flags) if row.of else [])], code)
 
 
 def copy_of_code(name):

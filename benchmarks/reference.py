@@ -97,7 +97,7 @@ def caption_loss(scores, alphas, captions, lengths, alpha_c):
 
 
 @torch.no_grad()
-def beam_search(decoder, encoder_out, beam_size, max_len, word_map):
+def beam_search(decoder, encoder_out, beam_size, max_len, word_map, length_penalty=0.0):
     """The best caption of one picture: encoder_out (1, s, s, D) -> ids, score, ended, alphas (len(ids), P)."""
     a, h, c = decoder.start(encoder_out)
     beams = [([], 0.0, h, c, [])]  # ids, score, state, alphas
@@ -119,7 +119,7 @@ def beam_search(decoder, encoder_out, beam_size, max_len, word_map):
         beams = [beam for beam in chosen if beam[0][-1] != word_map[END]]
         if not beams:
             break
-    ids, score, _, _, alphas = max(finished or beams, key=lambda beam: beam[1])
+    ids, score, _, _, alphas = max(finished or beams, key=lambda beam: beam[1] / len(beam[0]) ** length_penalty)
     return ids, float(score), bool(finished), torch.stack(alphas)
 
 

@@ -165,13 +165,13 @@ def test_padding_and_missing_captions_change_nothing(decoder, batch):
 
 
 @pytest.mark.paper
-@pytest.mark.parametrize("beam_size", [1, 2, 3, 5, 20])
-def test_beam_search_equals_one_picture_at_a_time(decoder, beam_size):
+@pytest.mark.parametrize("beam_size, length_penalty", [(1, 0), (2, 0), (3, 0), (20, 0), (1, 1), (3, 1), (5, 0.7)])
+def test_beam_search_equals_one_picture_at_a_time(decoder, beam_size, length_penalty):
     grid = torch.randn(10, 4, 4, D, generator=torch.Generator().manual_seed(2))
-    found = beam_search(decoder, grid, beam_size, 8, WORD_MAP)
+    found = beam_search(decoder, grid, beam_size, 8, WORD_MAP, length_penalty)
     model, lengths = OnePicture(decoder), set()
     for i in range(len(grid)):
-        ids, score, ended, alphas = reference.beam_search(model, grid[i:i + 1], beam_size, 8, WORD_MAP)
+        ids, score, ended, alphas = reference.beam_search(model, grid[i:i + 1], beam_size, 8, WORD_MAP, length_penalty)
         assert found.words[i, :len(ids)].tolist() == ids
         assert (found.words[i, len(ids):] == WORD_MAP[PAD]).all()
         assert found.scores[i].item() == pytest.approx(score, rel=1e-4)
@@ -189,7 +189,8 @@ def test_beam_one_is_greedy(decoder):
         assert found.words[i, :len(ids)].tolist() == ids
 
 
-def test_wide_beam_equals_brute_force():
+@pytest.mark.parametrize("length_penalty", [0, 0.5, 1])
+def test_wide_beam_equals_brute_force(length_penalty):
     """Over four words and at most four of them in a row, the best of all captions that end."""
     torch.manual_seed(4)
     word_map, max_len = make_word_map(8), 4
@@ -197,7 +198,7 @@ def test_wide_beam_equals_brute_force():
     for parameter in decoder.parameters():
         parameter.data.normal_(0, 0.5)
     grid = torch.randn(2, 3, 3, D)
-    found = beam_search(decoder.eval(), grid, 4 ** (max_len + 1), max_len, word_map)
+    found = beam_search(decoder.eval(), grid, 4 ** (max_len + 1), max_len, word_map, length_penalty)
     every = [words for n in range(max_len + 1) for words in itertools.product(range(1, 5), repeat=n)]
     captions = torch.zeros(1, len(every), max_len + 2, dtype=torch.long)
     for row, words in zip(captions[0], every):
@@ -207,7 +208,8 @@ def test_wide_beam_equals_brute_force():
         scores, targets, _ = decoder(grid[i:i + 1], captions, lengths)
         log_p = F.log_softmax(scores, dim=1).gather(1, targets[:, None]).squeeze(1)
         totals = [part.sum().item() for part in log_p.split((lengths[0] - 1).tolist())]
-        best = max(range(len(every)), key=totals.__getitem__)
+        ranks = [total / (len(words) + 1) ** length_penalty for total, words in zip(totals, every)]
+        best = max(range(len(every)), key=ranks.__getitem__)
         assert found.words[i, :len(every[best]) + 1].tolist() == [*every[best], word_map[END]]
         assert found.scores[i].item() == pytest.approx(totals[best], rel=1e-4)
 

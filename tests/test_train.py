@@ -350,3 +350,12 @@ def test_bfloat16_is_for_cpus_and_gpus_that_have_it(monkeypatch):
         assert precision(Config(precision=wanted), torch.device("mps")) == torch.float32
         expected = torch.bfloat16 if wanted == "bfloat16" else torch.float32
         assert precision(Config(precision=wanted), torch.device("cpu")) == expected
+
+
+def test_about_half_of_the_grids_are_mirrored():
+    grid = torch.rand(200, 2, 3, 4)
+    assert train.see(lambda given: given, grid, Config()) is grid
+    torch.manual_seed(0)
+    seen = train.see(lambda given: given, grid, Config(mirror=True))
+    as_it_is, mirrored = ((seen == other).flatten(1).all(dim=1) for other in (grid, grid.flip(2)))
+    assert (as_it_is | mirrored).all() and 70 < mirrored.sum() < 130
