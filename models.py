@@ -116,15 +116,16 @@ class DecoderWithAttention(nn.Module):
     Args:
         attention_dim (int): A. embed_dim (int): E. decoder_dim (int): H. vocab_size (int): V. encoder_dim (int): D.
         dropout (float): on h before fc. encoded_image_size (int): side of the square of P pixels.
+        embedding_dropout (float): on the true words that training feeds in.
     """
 
     def __init__(self, attention_dim, embed_dim, decoder_dim, vocab_size, encoder_dim=2048, dropout=0.5,
-                 encoded_image_size=14):
+                 encoded_image_size=14, embedding_dropout=0.0):
         super().__init__()
         self.encoded_image_size = encoded_image_size
         self.attention = Attention(encoder_dim, decoder_dim, attention_dim)
         self.embedding = nn.Embedding(vocab_size, embed_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.embedding_dropout, self.dropout = nn.Dropout(embedding_dropout), nn.Dropout(dropout)
         self.decode_step = nn.LSTMCell(embed_dim + encoder_dim, decoder_dim)
         self.init_h = nn.Linear(encoder_dim, decoder_dim)
         self.init_c = nn.Linear(encoder_dim, decoder_dim)
@@ -152,15 +153,15 @@ class DecoderWithAttention(nn.Module):
         """One time step.
 
         Args:
-            features: of `start`. words: the word before, int (B, K). h, c: (B, K, H).
+            features: of `start`. words: the embedded word before, (B, K, E). h, c: (B, K, H).
         Returns:
             h, c: (B, K, H); alpha: (B, K, P).
         """
         z, alpha = self.attention(*features, h)
         z = torch.sigmoid(self.f_beta(h)) * z  # section 4.2.1: z = beta * sum of alpha_i a_i
-        x = torch.cat([self.embedding(words), z], dim=2)  # (B, K, E + D)
+        x = torch.cat([words, z], dim=2)  # (B, K, E + D)
         h, c = self.decode_step(x.flatten(0, 1), (h.flatten(0, 1), c.flatten(0, 1)))  # Eq. 1-3
-        return h.view(*words.shape, -1), c.view(*words.shape, -1), alpha
+        return h.unflatten(0, words.shape[:2]), c.unflatten(0, words.shape[:2]), alpha
 
     def forward(self, grid, captions, caption_lengths):
         """Teacher forcing: the input of every step is the true word before.
@@ -175,9 +176,10 @@ class DecoderWithAttention(nn.Module):
         """
         B, K, T = captions[:, :, 1:].shape
         features, h, c = self.start(grid, K)
+        words = self.embedding_dropout(self.embedding(captions[:, :, :-1]))  # (B, K, T, E)
         states, alphas = [], []
         for t in range(T):
-            h, c, alpha = self.step(features, captions[:, :, t], h, c)
+            h, c, alpha = self.step(features, words[:, :, t], h, c)
             states.append(h)
             alphas.append(alpha)
         real = (torch.arange(T) < caption_lengths.unsqueeze(2) - 1).to(grid.device)  # (B, K, T)
@@ -278,7 +280,7 @@ def sample(decoder, grid, draws, word_map):
     captions = [torch.full(draws.shape[:2], word_map[START], device=grid.device)]
     active = torch.ones_like(captions[0], dtype=torch.bool)
     for draw in draws.unbind(dim=2):
-        h, c, _ = decoder.step(features, captions[-1], h, c)
+        h, c, _ = decoder.step(features, decoder.embedding(captions[-1]), h, c)
         cumulative = log_policy(decoder.fc(h), never).exp().cumsum(dim=2)
         word = torch.searchsorted(cumulative, draw.unsqueeze(2) * cumulative[:, :, -1:], right=True).squeeze(2)
         captions.append(word.where(active, word_map[PAD]))
@@ -329,7 +331,7 @@ def beam_search(decoder, grid, beam_size, max_len, word_map, length_penalty=0.0)
     out, out_alphas = word.new_full((B, T), word_map[PAD]), score.new_zeros(B, T, P)
 
     for t in range(T):
-        h, c, alpha = decoder.step(features, word, h, c)
+        h, c, alpha = decoder.step(features, decoder.embedding(word), h, c)
         log_p = F.log_softmax(decoder.fc(h).float(), dim=2).index_fill(2, never, -torch.inf)  # (b, K, V)
         score, index = first_largest((score.unsqueeze(2) + log_p).flatten(1), K)  # (b, K)
         rows, parent, word = torch.arange(len(h), device=device).unsqueeze(1), index // V, index % V
@@ -418,7 +420,7 @@ def build_models(config, vocab_size, encoder_weights=None):
     """
     encoder = Encoder(config.encoder, encoder_weights or config.encoder_weights)
     decoder = DecoderWithAttention(config.attention_dim, config.emb_dim, config.decoder_dim, vocab_size, encoder.dim,
-                                   config.dropout, config.encoded_image_size)
+                                   config.dropout, config.encoded_image_size, config.embedding_dropout)
     if config.fine_tune_encoder:
         encoder.fine_tune("all" if config.encoder_weights == "none" else "top")
     return encoder, decoder

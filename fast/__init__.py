@@ -118,7 +118,8 @@ def outcomes(runs, owner, grid):
     with torch.no_grad():
         features, h, c = runs.start(grid, 2)
         for t in range(2):
-            h, c, found[f"alpha of decoding, step {t + 1}"] = runs.step(features, captions[:, :2, t], h, c)
+            h, c, found[f"alpha of decoding, step {t + 1}"] = runs.step(
+                features, runs.embedding(captions[:, :2, t]), h, c)
     return {**found, "h of decoding": h, "c of decoding": c}
 
 

@@ -56,6 +56,9 @@ class FastDecoder(nn.Module):
         self.decoder, self.written = decoder, attention
         self.embed_dim, self.encoded_image_size = decoder.embedding.embedding_dim, decoder.encoded_image_size
 
+    def embedding(self, words):
+        return self.decoder.embedding(words)
+
     def fc(self, h):
         return self.decoder.fc(h)
 
@@ -78,9 +81,9 @@ class FastDecoder(nn.Module):
         return self.decoder.init_h(mean), self.decoder.init_c(mean)
 
     def word_input(self, words):
-        """The embedded words' part of the LSTM's four gates. Args: words (...) int. Returns: (..., 4H)."""
+        """The embedded words' part of the LSTM's four gates. Args: words (..., E). Returns: (..., 4H)."""
         cell = self.decoder.decode_step
-        return F.linear(self.decoder.embedding(words), cell.weight_ih[:, :self.embed_dim], cell.bias_ih)
+        return F.linear(words, cell.weight_ih[:, :self.embed_dim], cell.bias_ih)
 
     def step_weights(self):
         """What is multiplied at every step: the products with h as one, and that with the context.
@@ -143,11 +146,12 @@ class FastDecoder(nn.Module):
         return (pixels.grid, pixels.keys), h, c
 
     def step(self, features, words, h, c):
-        B, K = words.shape
+        B, K = words.shape[:2]
         pixels = Pixels(features[0], self.pool, features[1])
-        word_input, h, c = self.word_input(words.flatten()), h.flatten(0, 1), c.flatten(0, 1)
+        word_input, h, c = self.word_input(words.flatten(0, 1)), h.flatten(0, 1), c.flatten(0, 1)
         if self.is_fused(pixels) and not torch.is_grad_enabled():
-            out, lengths = kernels.empty_steps(B * K, *pixels, word_input), words.new_ones(B * K)
+            out = kernels.empty_steps(B * K, *pixels, word_input)
+            lengths = torch.ones(B * K, dtype=torch.int64, device=words.device)
             kernels.step(*pixels, self.decoder.attention.full_att.weight[0], self.weights, word_input, h, c, lengths,
                          0, out)
             h, c, alpha = out.h, out.c, out.alpha
@@ -161,22 +165,23 @@ class FastDecoder(nn.Module):
         token = (torch.arange(T) < lengths.unsqueeze(2)).flatten().nonzero().squeeze(1)  # (M,), which of the (B, K, T)
         token = to_device(token, grid.device)
         pixels = self.look(grid)
+        words = self.decoder.embedding_dropout(self.embedding(captions[:, :, :-1]))
         if self.is_fused(pixels):
-            states, alphas = self.fused_time_loop(pixels, captions[:, :, :-1], lengths, token)
+            states, alphas = self.fused_time_loop(pixels, words, lengths, token)
         else:
-            states, alphas = self.time_loop(pixels, captions[:, :, :-1], lengths)
+            states, alphas = self.time_loop(pixels, words, lengths)
         return self.fc(self.decoder.dropout(states)), captions[:, :, 1:].flatten()[token], alphas
 
     def time_loop(self, pixels, words, lengths):
         """All steps of all captions; those that have ended drop out.
 
         Args:
-            pixels (Pixels): of B pictures. words: int64 (B, K, T), the true word before each. lengths: int64 (B, K), on
-                the CPU: a caption's steps.
+            pixels (Pixels): of B pictures. words: (B, K, T, E), the embedded word before each. lengths: int64 (B, K),
+                on the CPU: a caption's steps.
         Returns:
             h after every real step, (M, H); alphas (B, K, T, P), 0 after a caption's end.
         """
-        (B, K, T), device = words.shape, words.device
+        (B, K, T, _), device = words.shape, words.device
         order = lengths.flatten().argsort(descending=True, stable=True)[:int((lengths > 0).sum())]  # the N captions
         picture = order // K
         place = picture * K + (picture.unsqueeze(1) == picture).tril(-1).sum(dim=1)
@@ -187,7 +192,7 @@ class FastDecoder(nn.Module):
         picture, place, token, back = (to_device(x, device) for x in (picture, place, token, back))
 
         h, c = (state[picture] for state in self.init_hidden_state(pixels))
-        word_input = self.word_input(words.flatten()[token])  # (M, 4H), in autocast's type where that is on
+        word_input = self.word_input(words.flatten(0, 2)[token])  # (M, 4H), in autocast's type where that is on
         h_weight, h_bias, context_weight = (x.to(word_input.dtype) for x in self.step_weights())
         hs, contexts, states, alphas = [], [], [], []
         biases = LateGradient.apply(h_bias.expand(len(word_input), -1), h_weight, hs).split(sizes)
@@ -206,9 +211,9 @@ class FastDecoder(nn.Module):
 
     def fused_time_loop(self, pixels, words, lengths, token):
         """The same in kernels.py; token is where words are."""
-        B, K, T = words.shape
+        B, K = words.shape[:2]
         h, c = (state.repeat_interleave(K, dim=0) for state in self.init_hidden_state(pixels))
-        word_input = self.word_input(words.flatten(0, 1).T)  # (T, N, 4H)
+        word_input = self.word_input(words.flatten(0, 1).transpose(0, 1))  # (T, N, 4H)
         full_att = self.decoder.attention.full_att
         states, alphas = kernels.TimeLoop.apply(
             *pixels, full_att.weight[0], full_att.bias, h, c, word_input, *self.step_weights(),

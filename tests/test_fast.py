@@ -221,9 +221,9 @@ class Normalised(DecoderWithAttention):
 
     def step(self, features, words, h, c):
         z, alpha = self.attention(*features, h)
-        x = self.norm(torch.cat([self.embedding(words), torch.sigmoid(self.f_beta(h)) * z], dim=2))
+        x = self.norm(torch.cat([words, torch.sigmoid(self.f_beta(h)) * z], dim=2))
         h, c = self.decode_step(x.flatten(0, 1), (h.flatten(0, 1), c.flatten(0, 1)))
-        return h.view(*words.shape, -1), c.view(*words.shape, -1), alpha
+        return h.unflatten(0, words.shape[:2]), c.unflatten(0, words.shape[:2]), alpha
 
 
 class Dropped(DecoderWithAttention):

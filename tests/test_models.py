@@ -51,7 +51,8 @@ class OnePicture:
         return grid, h[:, 0], c[:, 0]
 
     def step(self, _, words, h, c):
-        return (x[:, 0] for x in self.decoder.step(self.features, words[:, None], h[:, None], c[:, None]))
+        return (x[:, 0] for x in self.decoder.step(
+            self.features, self.decoder.embedding(words)[:, None], h[:, None], c[:, None]))
 
 
 def pooled(grid, side=SIDE):

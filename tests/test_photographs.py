@@ -16,7 +16,7 @@ WORD_MAP = {word: i for i, word in enumerate(["<pad>", *"甲乙丙丁戊己", "<
 @pytest.mark.parametrize("row", photographs.ROWS)
 def test_the_changes_of_a_row_apply(row, tmp_path, monkeypatch):
     monkeypatch.setattr(photographs, "MODELS", tmp_path)
-    tree = photographs.copy_of_code(row)
+    tree = photographs.copy_of_code(row, 0)
     compile((tree / "train.py").read_text("utf-8"), "train.py", "exec")
     assert photographs.RECIPE["encoder"] in (tree / "models.py").read_text("utf-8")
     for change in photographs.ROWS[row].changes:
@@ -61,8 +61,8 @@ def test_a_word_falls_as_models_says(cells, pixels):
         expected = log_p(grid)[t] - log_p(without.view_as(grid))[t]
         assert fall["whole"] == pytest.approx(expected.item(), abs=1e-5)
         if t == 0:  # nothing was seen before but the mean, which stays nearly the same
-            assert fall["word"] == pytest.approx(fall["whole"], abs=0.1)
-    assert any(abs(fall["word"] - fall["whole"]) > 1e-4 for fall in found)
+            assert fall["step"] == pytest.approx(fall["whole"], abs=0.1)
+    assert any(abs(fall["step"] - fall["whole"]) > 1e-4 for fall in found)
 
 
 def test_classes_of_words():
@@ -90,8 +90,7 @@ def test_the_table_has_what_was_scored(tmp_path, monkeypatch):
 def test_a_study_resumes(tmp_path, monkeypatch):
     """What a row's commands are, and that a failed one is reported and tried again, a finished one is not."""
     monkeypatch.setattr(photographs, "MODELS", tmp_path)
-    monkeypatch.setattr(photographs, "copy_of_code", lambda name: tmp_path)
-    monkeypatch.setattr(photographs, "DATA", tmp_path / "data")
+    monkeypatch.setattr(photographs, "copy_of_code", lambda name, seed: tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test_a.h5").touch()
     script = ("import sys, pathlib\n"
@@ -100,10 +99,10 @@ def test_a_study_resumes(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text(script + "pathlib.Path(flags['--model_dir'], 'checkpoint.pth.tar').touch()\n"
                                        "sys.exit(pathlib.Path('calls').read_text().count('train.py') == 1)\n")
     (tmp_path / "eval.py").write_text(script + "pathlib.Path(flags['--results']).touch()\n")
-    result = call(lambda: photographs.train_and_score("baseline", 1))
+    result = call(lambda: photographs.train_and_score("baseline", 1, tmp_path / "data"))
     assert result.code == 2 and "exit code 1" in result.err and "resumes" in result.err
     for _ in range(2):
-        photographs.train_and_score("baseline", 1)
+        photographs.train_and_score("baseline", 1, tmp_path / "data")
     calls = (tmp_path / "calls").read_text().splitlines()
     beams = len(photographs.ROWS["baseline"].beams)
     assert [line.split()[0] for line in calls] == ["train.py"] * 2 + ["eval.py"] * beams

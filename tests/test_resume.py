@@ -28,7 +28,7 @@ from utils import UserError, meet_processes, own_part, resumes
 KILLS = int(os.environ.get("KILLS", 2))
 # Six steps per epoch, two readings, dropout, all layers trained, and a checkpoint after every step.
 SETTINGS = dict(batch_size=2, epochs=2, print_freq=4, dropout=0.5, fine_tune_encoder="true", checkpoint_minutes=0,
-                early_stop_epochs=3, lr_decay_epochs=1)
+                early_stop_epochs=3, lr_decay_epochs=1, ema_decay=0.9)
 
 
 def flags(folder, **settings):

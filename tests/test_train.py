@@ -205,8 +205,9 @@ def epoch_of(tiny_flags, *flags):
     torch.manual_seed(0)
     encoder, decoder = build_models(config, len(word_map))
     loader = make_loader(CaptionDataset(config, "train", word_map), config, True)
-    return (encoder, decoder, train.teacher_forced, train.make_optimizers(config, encoder, decoder), loader, config,
-            train.Progress(run="run", batches={}), train.Sums({}, torch.device("cpu"), 0), None, lambda: None)
+    optimizers = train.make_optimizers(config, encoder, decoder)
+    return (encoder, decoder, train.teacher_forced, optimizers, train.Averages(optimizers, config.ema_decay), loader,
+            config, train.Progress(run="run", batches={}), train.Sums({}, torch.device("cpu"), 0), None, lambda: None)
 
 
 def test_a_grad_clip_of_0_clips_nothing(tiny_flags):
@@ -359,3 +360,35 @@ def test_about_half_of_the_grids_are_mirrored():
     seen = train.see(lambda given: given, grid, Config(mirror=True))
     as_it_is, mirrored = ((seen == other).flatten(1).all(dim=1) for other in (grid, grid.flip(2)))
     assert (as_it_is | mirrored).all() and 70 < mirrored.sum() < 130
+
+
+def test_averages_of_the_weights():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    optimizers = dict(layer=torch.optim.Adam(layer.parameters(), lr=0.1))
+    averages, expected, trained = train.Averages(optimizers, 0.9), None, None
+    for step in range(30):
+        optimizers["layer"].zero_grad()
+        layer(torch.randn(4, 3)).square().sum().backward()
+        optimizers["layer"].step()
+        averages.update(step)
+        trained = layer.weight.detach().clone()
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = trained if expected is None else decay * expected + (1 - decay) * trained
+    with averages.in_place(True):
+        assert torch.allclose(layer.weight, expected) and not torch.allclose(layer.weight, trained)
+        with averages.in_place(False):  # a checkpoint in the middle of a validation
+            assert torch.equal(layer.weight, trained)
+        assert torch.allclose(layer.weight, expected)
+    assert torch.equal(layer.weight, trained)
+    assert torch.allclose(optimizers["layer"].state_dict()["state"][0]["average"], expected), "a checkpoint has them"
+
+
+def test_the_best_checkpoint_has_the_averages_and_the_last_one_has_both(run, tmp_path):
+    run("--epochs", 1, "--ema_decay", 0.5, "--fine_tune_encoder", "false")
+    best, last = (torch.load(tmp_path / "models" / f"{name}.pth.tar", weights_only=True)
+                  for name in ("BEST_checkpoint", "checkpoint"))
+    averages = last["optimizers"]["decoder"]["state"]
+    for number, (name, weight) in enumerate(best["decoder"].items()):
+        assert torch.equal(weight, averages[number]["average"])
+        assert number > 0 or not torch.equal(weight, last["decoder"][name])
