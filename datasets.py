@@ -129,6 +129,19 @@ def tokenize(caption):
     return [word for word in jieba.cut(caption.replace("。", "")) if not word.isspace()]
 
 
+@functools.cache
+def kind_of(word):
+    """noun, verb, colour or number, function word, or other: by jieba's tag of the word alone."""
+    from jieba import posseg  # takes half a second, and only figures need it
+    if word.endswith("色") or word in [*"红黄蓝绿黑白灰棕橙紫粉"]:
+        return "colour or number"
+    if word in ("是", "有") or word.endswith("里"):  # verbs without anything to look at; 画里, 水里
+        return "function word"
+    tag = posseg.lcut(word)[-1].flag
+    kinds = {"noun": "nsjt", "verb": "v", "colour or number": "mq", "function word": "upcdrfykwx"}
+    return next((kind for kind, tags in kinds.items() if tag[0] in tags), "other")
+
+
 def build_word_map(token_lists, min_word_freq):
     """Number the words by falling frequency, then by code point: the same text gives the same map everywhere.
 

@@ -11,7 +11,7 @@ import torch
 
 import fast
 from checkpoint import open_checkpoint
-from config import parse_args, positive
+from config import boolean, parse_args, positive
 from datasets import PICTURE_SUFFIXES, BadPicture, open_picture, read_image
 from models import generate, pixel_positions
 from utils import UserError, replacing, run, write_text
@@ -24,6 +24,8 @@ def main():
         "image": dict(metavar="FILE_OR_FOLDER", help="what to caption (images/image_*.jpg)"),
         "beam_size": dict(type=positive, default=3, metavar="K", help="1 is greedy (3)"),
         "out": dict(default="images", metavar="FOLDER", help="where the figures go (images)"),
+        "every_word": dict(type=boolean, default=False, metavar="BOOL",
+                           help="a tile for words such as 的 and 是 too (false)"),
         "html": dict(metavar="FILE", help="also write a page that shows the attention at each word"),
     })
     paths = find_pictures(args.image)
@@ -48,7 +50,7 @@ def main():
         caption, = generate(runs.decoder, grid, checkpoint["word_map"], config.max_len, args.beam_size,
                             config.length_penalty)
         picture = open_picture(path)
-        figure = draw_attention(picture, caption["words"], caption["alphas"], positions)
+        figure = draw_attention(picture, caption["words"], caption["alphas"], positions, args.every_word)
         with replacing(out / name) as temporary:
             figure.savefig(temporary, format="jpg", pil_kwargs={"quality": 88})
         if args.html:

@@ -1,4 +1,5 @@
-"""Attention drawn over a picture: a figure with one tile per word, and an HTML page where one points at a word."""
+"""Attention drawn over a picture: a figure with the things' regions and a tile per word, and an HTML page where one
+points at a word."""
 import base64
 import io
 import json
@@ -9,43 +10,88 @@ import numpy as np
 from fontTools import subset
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.patheffects import withStroke
+
+from datasets import kind_of
 
 FONT = FontProperties(fname=str(Path(mplfonts.__file__).parent / "fonts" / "NotoSansCJKsc-Regular.otf"))
 TILES_PER_ROW = 6
-TILE, GAP, WORD_HEIGHT, CAPTION_HEIGHT = 1.9, 0.03, 0.3, 0.45  # inches: a tile's width, around it, above it, above all
+TILE, GAP, WORD_HEIGHT, CAPTION_HEIGHT = 1.9, 0.03, 0.3, 0.5  # inches: a tile's width, around it, above it, above all
+PANEL = TILE * TILES_PER_ROW / 2  # the width of the picture, and of that with the regions
+COLOURS = "#e6194b", "#3cb44b", "#ffb000", "#4363d8", "#f58231", "#911eb4", "#00a6a6", "#f032e6"  # of things, in turn
+REGION = 0.5  # of the heat's maximum: where a thing's region ends
 HEAT_SIDE = 128  # pixels per side of a heat map, which is stretched over the picture
 TEMPLATE = Path(__file__).parent / "images" / "template.html"
 
 
-def draw_attention(picture, words, alphas, positions):
-    """A figure of the picture, then for each word the picture with the attention at that word over it.
+def draw_attention(picture, words, alphas, positions, every_word=False):
+    """A figure of the picture, beside it where attention lay at the words that name things, and below it the attention
+    at each word that says something.
 
     Args:
         picture (PIL.Image): RGB. words (list of str). alphas (float array (len(words), s, s)).
-        positions (float array (s,)): of pixel_positions.
+        positions (float array (s,)): of pixel_positions. every_word (bool): a tile for 的 and 是 too.
     Returns:
         matplotlib.figure.Figure
     """
     picture = picture.copy()
-    picture.thumbnail((384, 384))
-    gray, weights, columns = picture.convert("L"), heat_weights(positions), min(TILES_PER_ROW, len(words) + 1)
-    tile_height = TILE * picture.height / picture.width + WORD_HEIGHT
-    width, height = columns * TILE, CAPTION_HEIGHT + -(-(len(words) + 1) // columns) * tile_height
+    picture.thumbnail((640, 640))
+    weights, shape = heat_weights(positions), picture.height / picture.width
+    heats = [weights @ alpha @ weights.T for alpha in alphas]
+    kinds = [*map(kind_of, words)]
+    colours = iter(COLOURS * len(words))
+    colours = [next(colours) if kind == "noun" else None for kind in kinds]
+    tiles = [number for number, kind in enumerate(kinds) if every_word or kind != "function word"]
+    tile_height = TILE * shape + WORD_HEIGHT
+    width, tiles_top = 2 * PANEL, CAPTION_HEIGHT + PANEL * shape
+    height = tiles_top + -(-len(tiles) // TILES_PER_ROW) * tile_height
     figure = Figure(figsize=(width, height), dpi=110)
-    axis = figure.add_axes((0, 0, 1, 1))  # one for all tiles, as creating one takes longer than drawing a tile
-    axis.text(width / 2, CAPTION_HEIGHT / 2, "".join(words) or "（空）", font=FONT, size=15, ha="center", va="center")
-    for number, (word, alpha) in enumerate(zip(["原图", *words], [None, *alphas])):
-        left, top = number % columns * TILE, CAPTION_HEIGHT + number // columns * tile_height
-        axis.text(left + TILE / 2, top + WORD_HEIGHT / 2, word, font=FONT, size=13, ha="center", va="center")
+    axis = figure.add_axes((0, 0, 1, 1))  # one for all, as creating one takes longer than drawing a tile
+    write_caption(axis, words, colours, kinds, width / 2)
+    for left in (0, PANEL):
+        axis.imshow(picture, extent=(left + GAP, left + PANEL - GAP, tiles_top - GAP, CAPTION_HEIGHT + GAP))
+    for word, heat, colour in zip(words, heats, colours):
+        if colour:
+            outline(axis, heat, colour, word, PANEL + GAP, CAPTION_HEIGHT + GAP, PANEL - 2 * GAP,
+                    PANEL * shape - 2 * GAP)
+
+    gray = picture.convert("L")
+    gray.thumbnail((256, 256))
+    for place, number in enumerate(tiles):
+        left, top = place % TILES_PER_ROW * TILE, tiles_top + place // TILES_PER_ROW * tile_height
+        axis.text(left + TILE / 2, top + WORD_HEIGHT / 2, words[number], font=FONT, size=13, ha="center", va="center",
+                  color=colours[number] or "black")
         extent = (left + GAP, left + TILE - GAP, top + tile_height - GAP, top + WORD_HEIGHT + GAP)
-        if alpha is None:
-            axis.imshow(picture, extent=extent)
-        else:
-            axis.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=extent)
-            axis.imshow(weights @ alpha @ weights.T, cmap="jet", alpha=0.5, extent=extent)
+        axis.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=extent)
+        axis.imshow(heats[number], cmap="jet", alpha=0.5, extent=extent)
     axis.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     axis.set_axis_off()
     return figure
+
+
+def write_caption(axis, words, colours, kinds, middle):
+    """Write the words side by side, things in their colours, words that say nothing by themselves in gray."""
+    em = 0.22  # inches
+    widths = [em * sum(1 if ord(character) > 0x2e7f else 0.6 for character in word) for word in words]
+    size, left = 72 * em, middle - sum(widths) / 2
+    for word, colour, kind, wide in zip(words, colours, kinds, widths):
+        axis.text(left, CAPTION_HEIGHT / 2, word, font=FONT, size=size, va="center",
+                  color=colour or ("#888888" if kind == "function word" else "black"))
+        left += wide
+    if not words:
+        axis.text(middle, CAPTION_HEIGHT / 2, "（空）", font=FONT, size=size, ha="center", va="center")
+
+
+def outline(axis, heat, colour, word, left, top, width, height):
+    """Tint and outline where a heat map (HEAT_SIDE, HEAT_SIDE) is above REGION of its maximum, with the word at the
+    maximum."""
+    steps = (np.arange(HEAT_SIDE) + 0.5) / HEAT_SIDE
+    x, y, bound = left + width * steps, top + height * steps, REGION * heat.max()
+    axis.contourf(x, y, heat, levels=[bound, heat.max() * 1.001], colors=[colour], alpha=0.25)
+    axis.contour(x, y, heat, levels=[bound], colors=[colour], linewidths=2)
+    row, column = np.unravel_index(heat.argmax(), heat.shape)
+    axis.text(x[column], y[row], word, font=FONT, size=13, ha="center", va="center", color=colour,
+              path_effects=[withStroke(linewidth=3, foreground="white")])
 
 
 def heat_weights(positions):
@@ -70,16 +116,17 @@ def page_entry(name, picture, caption):
     Args:
         name (str): of its file. picture (PIL.Image): RGB. caption (dict): of models.generate.
     Returns:
-        dict for JSON: name, words, score (str), ended; size (width, height in pixels) and jpeg (base64) of the picture,
-        at most 640 pixels per side; alphas (list of base64, one per word): s * s bytes, row by row, proportional to
-        the attention, the maximum 255.
+        dict for JSON: name, words, small (per word: whether it says nothing by itself), score (str), ended; size
+        (width, height in pixels) and jpeg (base64) of the picture, at most 640 pixels per side; alphas (list of base64,
+        one per word): s * s bytes, row by row, proportional to the attention, the maximum 255.
     """
     picture = picture.copy()
     picture.thumbnail((640, 640))
     jpeg = io.BytesIO()
     picture.save(jpeg, "JPEG", quality=80, comment=b"")  # without EXIF data, such as place and time
     alphas = [np.rint(255 * alpha / alpha.max()).astype(np.uint8).tobytes() for alpha in caption["alphas"]]
-    return dict(name=name, words=caption["words"], score=f"{caption['score']:.3f}", ended=caption["ended"],
+    small = [kind_of(word) == "function word" for word in caption["words"]]
+    return dict(name=name, words=caption["words"], small=small, score=f"{caption['score']:.3f}", ended=caption["ended"],
                 size=picture.size, jpeg=base64.b64encode(jpeg.getvalue()).decode(),
                 alphas=[base64.b64encode(alpha).decode() for alpha in alphas])
 

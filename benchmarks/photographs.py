@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jieba import posseg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -37,7 +36,7 @@ import fast  # noqa: E402
 from checkpoint import open_checkpoint  # noqa: E402
 from config import fail, parse_args  # noqa: E402
 from data import flickr8k_cn  # noqa: E402
-from datasets import START, CaptionDataset, make_loader  # noqa: E402
+from datasets import START, CaptionDataset, kind_of, make_loader  # noqa: E402
 from fast.decoder import pool_matrix  # noqa: E402
 from models import generate, log_policy, never_generated  # noqa: E402
 from utils import UserError, run, write_text  # noqa: E402
@@ -88,7 +87,7 @@ ROWS = {
 
 EXPLAINED = "baseline", "alpha_c 0", "alpha_c 0.1"
 TAKEN_OUT, DRAWS = 0.1, 4  # share of the cells; draws of random ones
-CLASSES = {"noun": "nj", "verb": "v", "colour or number": "mq", "function word": "upcdrfyk", "other": ""}  # jieba's
+CLASSES = "noun", "verb", "colour or number", "function word", "other"  # of datasets.kind_of
 
 
 def main():
@@ -295,7 +294,7 @@ def measure(argv):
         for one, caption in zip(grid, captions):
             if caption["words"]:
                 for word, record in zip(caption["words"], falls(runs.decoder, one, caption, word_map, generator)):
-                    records[word_class(word)].append(dict(word=word, **record))
+                    records[kind_of(word)].append(dict(word=word, **record))
     classes = {name: summary(records[name]) for name in CLASSES if records[name]}
     print(table_of_falls(classes))
     write_text(args.json, json.dumps(classes, ensure_ascii=False, indent=1))
@@ -338,14 +337,6 @@ def falls(decoder, grid, caption, word_map, generator):
     for name, p in found.items():
         table |= {name: log_p - p[:, 0], f"{name}_random": log_p - p[:, 1:].mean(dim=1)}
     return [dict(zip(table, values)) for values in zip(*(column.tolist() for column in table.values()))]
-
-
-def word_class(word):
-    """noun, verb, colour or number, function word, or other, by jieba's tag of the word alone."""
-    if word.endswith("色") or word[0] in "红黄蓝绿黑白灰棕橙紫粉" and len(word) == 1:
-        return "colour or number"
-    tag = posseg.lcut(word)[-1].flag
-    return next((name for name, first in CLASSES.items() if tag[:1] in first), "other")
 
 
 def summary(records):

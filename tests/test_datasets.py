@@ -15,7 +15,7 @@ from conftest import ROOT, files_under
 from PIL import EpsImagePlugin, Image
 
 from config import get_config
-from datasets import (BadPicture, BatchSampler, CaptionDataset, build_word_map, decode_caption, draft_size,
+from datasets import (BadPicture, BatchSampler, CaptionDataset, build_word_map, decode_caption, draft_size, kind_of,
                       encode_caption, load_word_map, make_loader, open_picture, read_image, tokenize, word_list)
 from pre_process import SPLITS
 from utils import UserError, replacing, write_text
@@ -516,3 +516,10 @@ def test_a_small_file_that_cannot_be_written_is_a_users_error(name, tmp_path):
     with pytest.raises(UserError, match=str(tmp_path / name)):
         write_text(tmp_path / name, "狗")
     assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
+def test_kinds_of_words():
+    kinds = {"noun": "狗 房子 草地 夜晚 词", "verb": "跑 玩耍 穿着", "colour or number": "红色 两个 一群",
+             "function word": "的 在 是 ，"}
+    found = {kind: " ".join(word for word in words.split() if kind_of(word) == kind) for kind, words in kinds.items()}
+    assert found == kinds

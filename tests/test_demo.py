@@ -95,7 +95,7 @@ def test_the_page_holds_what_the_figures_show_and_takes_no_text_for_html(run_dem
     assert [picture["size"] for picture in page.data["pictures"]] == [[90, 30], [20, 40], [8, 8]]
     assert "resnet18" in page.data["model"] and "epoch 7" in page.data["model"]
     assert page.data["positions"] == pixel_positions(RESNET, 64, 4).tolist()
-    for (_, words, alphas, _), picture in zip(drawn, page.data["pictures"], strict=True):
+    for (_, words, alphas, *_), picture in zip(drawn, page.data["pictures"], strict=True):
         assert picture["words"] == words == [HOSTILE] * 4
         assert float(picture["score"]) < 0 and picture["ended"] is False
         shown = np.array([list(base64.b64decode(grid)) for grid in picture["alphas"]]).reshape(-1, 4, 4)
@@ -148,12 +148,26 @@ def peaks(image_size, encoded_image_size):
 def test_a_figure_shows_attention_where_it_lies(settings):
     caption, positions, places = peaks(*settings)
     figure = draw_attention(Image.new("RGB", (120, 80)), caption["words"], caption["alphas"], positions)
-    _, *drawn = figure.axes[0].images
+    _, _, *drawn = figure.axes[0].images  # the picture, and that with the regions
     assert len({tuple(picture.get_extent()) for picture in drawn}) == len(places) == len(drawn) / 2
     for gray, heat, place in zip(drawn[::2], drawn[1::2], places):
         assert gray.get_extent() == heat.get_extent()
         peak = np.unravel_index(heat.get_array().argmax(), heat.get_array().shape)
         assert (np.array(peak[::-1]) + 0.5) / heat.get_array().shape == pytest.approx(place, abs=0.01)
+
+
+def test_words_that_say_nothing_get_no_tile_unless_asked_for():
+    caption, positions, _ = peaks(256, 4)
+    words = ["狗", "的", "在", "红色"]
+    for every_word, tiles in ((False, ["狗", "红色"]), (True, words)):
+        axis, = draw_attention(Image.new("RGB", (120, 80)), words, caption["alphas"], positions, every_word).axes
+        assert len(axis.images) == 2 + 2 * len(tiles)
+        # The caption, the one thing's region, the tiles.
+        assert [text.get_text() for text in axis.texts] == [*words, "狗", *tiles]
+        region = axis.texts[len(words)]
+        assert axis.texts[0].get_color() == region.get_color() == axis.texts[len(words) + 1].get_color()
+    page = page_entry("a.jpg", Image.new("RGB", (8, 8)), {**caption, "words": words})
+    assert page["small"] == [False, True, True, False]
 
 
 IN_THE_PAGE = """
