@@ -190,17 +190,18 @@ def rate_field(config, name):
 
 
 def begin_self_critical(progress, checkpoint, path, rank):
-    """Begin the second phase: the progress of a checkpoint of the first, under a new run; its best score is to beat.
+    """Begin the second phase: the progress of a checkpoint of the first, under a new run, with a best score of its own:
+    that of the first phase is the luckiest of many epochs.
 
     Returns: list of str: what the user should know.
     """
     saved, kept = checkpoint["progress"], path.with_name(CROSS_ENTROPY_CHECKPOINT)
     progress.epoch = progress.began = saved["epoch"]
-    progress.step, progress.best = saved["step"], saved["best"]
+    progress.step = saved["step"]
     if rank == 0:
         save_checkpoint(checkpoint, kept)  # the phase overwrites the other two
     return [f"self-critical training begins from {path.with_name(BEST_CHECKPOINT)}: epoch {progress.epoch}, CIDEr on "
-            f"valid, greedy, {progress.best[0]:.4f}; kept as {kept}"]
+            f"valid, greedy, {saved['best'][0]:.4f}; kept as {kept}"]
 
 
 def resume(progress, optimizers, checkpoint, config, flags, path, world_size):
