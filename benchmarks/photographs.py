@@ -20,6 +20,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -87,6 +88,7 @@ ROWS = {
 
 EXPLAINED = "baseline", "alpha_c 0", "alpha_c 0.1", "regularised", "self-critical"
 TAKEN_OUT, DRAWS = 0.1, 4  # share of the cells; draws of random ones
+LEAST = 0.002  # nats: a smaller fall is nothing to divide by
 CLASSES = "noun", "verb", "colour or number", "function word", "other"  # of datasets.kind_of
 
 
@@ -362,8 +364,9 @@ def table_of_falls(classes):
     lines = ["| words | number | entropy | attended cells, whole caption | random cells | ratio | "
              "attended cells, this word | random cells |", "|---|" + "---|" * 7]
     for name, found in classes.items():
+        ratio = f"{found['whole'] / found['whole_random']:.1f}" if found["whole_random"] > LEAST else "-"
         lines.append(f"| {name} | {found['words']} | {found['entropy']:.2f} | {found['whole']:.3f} | "
-                     f"{found['whole_random']:.3f} | {found['whole'] / max(found['whole_random'], 1e-9):.1f} | "
+                     f"{found['whole_random']:.3f} | {ratio} | "
                      f"{found['step']:.3f} | {found['step_random']:.3f} |")
     return "\n".join(lines)
 
@@ -376,7 +379,8 @@ def draw(found, path):
         for shift, key, label in ((-0.2, "whole", "cells it looked at most"), (0.2, "whole_random", "random cells")):
             axis.bar(places + shift, [one[key] for one in classes.values()], 0.38, label=label)
         axis.set(title=name, xticks=places)
-        axis.set_xticklabels([f"{key}\n({one['words']})" for key, one in classes.items()], fontsize=7)
+        labels = [f"{textwrap.fill(key, 10)}\n({one['words']})" for key, one in classes.items()]
+        axis.set_xticklabels(labels, fontsize=7)
         axis.grid(axis="y", alpha=0.3)
     figure.axes[0].set_ylabel("fall of the word's log-probability, nats")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
