@@ -152,9 +152,7 @@ def parse_args(description, own=None, argv=None):
         UserError: unknown, abbreviated or mistyped flag, value that does not parse.
     """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser = new_parser(description)
     parser.add_argument("--preset", default="ai_challenger", help=f"one of {', '.join(PRESETS)}")
     for name, keywords in (own or {}).items():
         parser.add_argument(f"--{name}", **keywords)
@@ -170,6 +168,15 @@ def parse_args(description, own=None, argv=None):
         raise UserError(f"unknown flag {unknown[0]!r}" + (f": did you mean {close[0]}?" if close else "; see --help"))
     args.flags = {field.name: getattr(args, field.name) for field in fields if hasattr(args, field.name)}
     return args
+
+
+def new_parser(description):
+    """A parser that takes no abbreviated flags and raises UserError. Args: description (str): a docstring, for --help.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    return parser
 
 
 def positive(text):

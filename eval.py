@@ -20,8 +20,7 @@ from config import boolean, parse_args, positive
 from data.sample import attention_peak_hits, is_true, read_scenes
 from datasets import CaptionDataset, make_loader, tokenize_references
 from models import generate, pixel_positions
-from scores import (attention_course, characters, diagnose, diagnose_words, meteor, official_scores, ptb_tokenize,
-                    score)
+from scores import attention_course, diagnose, diagnose_words, official_scores, ptb_tokenize, scores_of_both_units
 from utils import UserError, gather_lists, init_distributed, meet_processes, run, write_text
 
 
@@ -130,9 +129,7 @@ def score_captions(captions, hypotheses, references, submission, dataset, is_off
     Returns:
         dict: name -> number.
     """
-    by_character = score([*map(characters, hypotheses)], [[*map(characters, human)] for human in references])
-    scores = {**score(hypotheses, references), **meteor(hypotheses, references),
-              **{f"char {name}": value for name, value in by_character.items()}}
+    scores = scores_of_both_units(hypotheses, references)
     if is_official and scores:
         human = {entry["image_id"]: raw for entry, raw in zip(submission, dataset.raw_captions) if raw}
         try:

@@ -6,7 +6,6 @@
 `score` needs no Java; training chooses its best checkpoint by it. METEOR and AI Challenger's evaluator run the jars of
 pycocoevalcap with the `java` on the PATH, for at most JAVA_SECONDS.
 """
-import argparse
 import collections
 import importlib.metadata
 import itertools
@@ -27,7 +26,7 @@ from pycocoevalcap.meteor import meteor as meteor_module
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 
-from config import boolean, fail
+from config import boolean, new_parser
 from datasets import END, PAD, START, UNK, tokenize
 from utils import UserError, precise, run, to_device, write_text
 
@@ -212,6 +211,13 @@ def meteor(hypotheses, references):
         return {}
 
 
+def scores_of_both_units(hypotheses, references):
+    """Over words and, as `char BLEU-4` and so on, over characters, and METEOR. Args and returns: see score."""
+    by_character = score([*map(characters, hypotheses)], [[*map(characters, human)] for human in references])
+    return {**score(hypotheses, references), **meteor(hypotheses, references),
+            **{f"char {name}": value for name, value in by_character.items()}}
+
+
 def ptb_tokenize(captions):
     """Segment captions as AI Challenger's evaluator does: without 。, jieba's exact mode, Stanford's PTB tokenizer.
 
@@ -300,8 +306,13 @@ def attention_course(alphas, positions):
         float array (n,): entropy as a fraction of that of a uniform map; 0 to 1.
     """
     centres = np.stack([alphas.sum(axis=2) @ positions, alphas.sum(axis=1) @ positions], axis=1)
-    entropy = -(alphas * np.log(np.maximum(alphas, 1e-30))).sum(axis=(1, 2)) / np.log(max(len(positions) ** 2, 2))
-    return np.linalg.norm(np.diff(centres, axis=0), axis=1), entropy
+    return np.linalg.norm(np.diff(centres, axis=0), axis=1), attention_entropy(alphas)
+
+
+def attention_entropy(alphas):
+    """Args: alphas: float array (n, s, s). Returns: float array (n,): entropy as a fraction of a uniform map's."""
+    pixels = alphas.shape[1] * alphas.shape[2]
+    return -(alphas * np.log(np.maximum(alphas, 1e-30))).sum(axis=(1, 2)) / np.log(max(pixels, 2))
 
 
 def diagnose(hypotheses, courses, word_map):
@@ -358,9 +369,7 @@ def diagnose_words(hypotheses, references, seen):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser = new_parser(__doc__)
     parser.add_argument("captions", help="a submission of AI Challenger or COCO, or results of eval.py (JSON)")
     parser.add_argument("references", help="annotations of AI Challenger or COCO, or results of eval.py (JSON)")
     parser.add_argument("--official", type=boolean, default=False, metavar="BOOL",
@@ -371,9 +380,7 @@ def main():
     check_submission(submission, human)
     hypotheses = [entry.get("words") or tokenize(entry["caption"]) for entry in submission]
     references = [[tokenize(caption) for caption in human[entry["image_id"]]] for entry in submission]
-    scores = {**score(hypotheses, references), **meteor(hypotheses, references)}
-    by_character = score([*map(characters, hypotheses)], [[*map(characters, words)] for words in references])
-    scores |= {f"char {name}": value for name, value in by_character.items()}
+    scores = scores_of_both_units(hypotheses, references)
     if args.official:
         scores |= {f"official {name}": value for name, value in official_scores(submission, human).items()}
     for name, value in {**scores, **diagnose_words(hypotheses, references, None)}.items():

@@ -38,6 +38,14 @@ def run(main):
         sys.exit(130)
 
 
+def subcommand(script, **commands):
+    """Call what the first argument names with the rest of the command line. Raises: UserError: it names none."""
+    name = sys.argv[1] if len(sys.argv) > 1 else None
+    if name not in commands:
+        raise UserError(f"{script} takes one of {', '.join(commands)}, then its flags")
+    commands[name](sys.argv[2:])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The disk
 

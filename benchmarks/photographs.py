@@ -9,10 +9,8 @@ perhaps with an edit of the code: a diff of benchmarks/changes, applied to a cop
 describes it for the network. The checkpoint of a run is chosen on 500 pictures held out of train (here "valid"); scores
 are those of the published valid (here test_a) and, where FOLDER has it, of the published test (here test_b).
 """
-import argparse
 import collections
 import json
-import math
 import os
 import random
 import re
@@ -35,14 +33,15 @@ sys.path.insert(0, str(ROOT))  # where the scripts are
 
 import fast  # noqa: E402
 from checkpoint import open_checkpoint  # noqa: E402
-from config import fail, parse_args  # noqa: E402
+from config import new_parser, parse_args  # noqa: E402
 from data import flickr8k_cn  # noqa: E402
 from datasets import START, CaptionDataset, kind_of, make_loader  # noqa: E402
 from fast.decoder import pool_matrix  # noqa: E402
 from models import generate, log_policy, never_generated  # noqa: E402
-from utils import UserError, run, write_text  # noqa: E402
+from scores import attention_entropy  # noqa: E402
+from utils import UserError, run, subcommand, write_text  # noqa: E402
 
-HELD_OUT, PUBLISHED = 500, 6000
+HELD_OUT = 500  # pictures of the published train
 DATA, MODELS, LOGS = (ROOT / folder / "photographs" for folder in ("data", "models", "logs"))
 RECIPE = dict(preset="flickr8k_cn", encoder="efficientnet-lite2", encoded_image_size=8, cache_features="true",
               precision="bfloat16", epochs=8, decoder_lr=8e-4, lr_decay=0.7, lr_decay_epochs=1, workers=0)
@@ -84,8 +83,6 @@ ROWS = {
     "self-critical": Row({**REGULARISED, "self_critical": "true", "epochs": 4}, after="regularised", beams=(1, 3, 5),
                          seeds=3),
 }
-
-
 EXPLAINED = "baseline", "alpha_c 0", "alpha_c 0.1", "regularised", "self-critical"
 TAKEN_OUT, DRAWS = 0.1, 4  # share of the cells; draws of random ones
 LEAST = 0.002  # nats: a smaller fall is nothing to divide by
@@ -93,11 +90,7 @@ CLASSES = "noun", "verb", "colour or number", "function word", "other"  # of dat
 
 
 def main():
-    commands = dict(study=study, faithfulness=faithfulness, measure=measure)
-    name = sys.argv[1] if len(sys.argv) > 1 else None
-    if name not in commands:
-        raise UserError(f"photographs.py takes one of {', '.join(commands)}, then its flags")
-    commands[name](sys.argv[2:])
+    subcommand("photographs.py", study=study, faithfulness=faithfulness, measure=measure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,9 +99,7 @@ def main():
 
 def study(argv):
     """Train and score what is not done yet, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser = new_parser(__doc__)
     parser.add_argument("source", type=Path, metavar="FOLDER", help="Flickr8k-CN, see data/README.md")
     parser.add_argument("--rows", default=",".join(ROWS), help="only these, by name, with commas between (all)")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these (0 1 2 of some rows, 0 of the others)")
@@ -150,7 +141,7 @@ def train_and_score(name, seed, data):
     row, folder = ROWS[name], run_folder(name, seed)
     splits = [split for split in ("test_a", "test_b") if (data / f"{split}.h5").exists()]
     todo = [(split, beam) for split in splits for beam in row.beams
-            if not (folder / f"results_{split}_beam{beam}.json").exists()]
+            if not results_file(name, seed, split, beam).exists()]
     if not todo:
         return
     print(f"--- {name}, seed {seed}", flush=True)
@@ -166,7 +157,7 @@ def train_and_score(name, seed, data):
         execute(["train.py", *as_arguments(flags), *resume], code)
     for split, beam in todo:
         execute(["eval.py", "--checkpoint", best, "--data_dir", data, "--split", split, "--beam_size", beam,
-                 "--results", folder / f"results_{split}_beam{beam}.json",
+                 "--results", results_file(name, seed, split, beam),
                  *(as_arguments(row.flags) if row.of else [])], code)
 
 
@@ -191,6 +182,10 @@ def copy_of_code(name, seed):
 
 def run_folder(name, seed):
     return MODELS / f"{re.sub('[^a-z0-9.]+', '_', name.lower())}-{seed}"
+
+
+def results_file(name, seed, split, beam):
+    return run_folder(name, seed) / f"results_{split}_beam{beam}.json"
 
 
 def as_arguments(flags):
@@ -222,7 +217,7 @@ def results(name, seed):
     """What a run gave on the published valid. Returns: dict: name -> number; empty where it is not finished."""
     folder, found = run_folder(name, seed), {}
     for beam in ROWS[name].beams:
-        path = folder / f"results_test_a_beam{beam}.json"
+        path = results_file(name, seed, "test_a", beam)
         if not path.exists():
             return {}
         part = json.loads(path.read_text(encoding="utf-8"))
@@ -250,9 +245,7 @@ def mean_and_deviation(values):
 
 def faithfulness(argv):
     """Measure seed 0 of every row of EXPLAINED that the study has trained, and a model of the sample set."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser = new_parser(__doc__)
     parser.add_argument("--plot", default=str(ROOT / "benchmarks" / "photographs.png"), metavar="FILE")
     args = parser.parse_args(argv)
     found = {}
@@ -338,8 +331,7 @@ def falls(decoder, grid, caption, word_map, generator):
         for name, states in (("whole", h), ("step", once)):
             p = log_policy(decoder.fc(states[:, 0]), never)[:, ids[t + 1]].cpu()
             log_p[t], found[name][t] = p[0], p[rows[t].cpu()]
-    entropy = -(alphas * alphas.clamp(min=1e-30).log()).sum(dim=1) / math.log(alphas.shape[1])
-    table = dict(entropy=entropy)
+    table = dict(entropy=attention_entropy(caption["alphas"]))
     for name, p in found.items():
         table |= {name: log_p - p[:, 0], f"{name}_random": log_p - p[:, 1:].mean(dim=1)}
     return [dict(zip(table, values)) for values in zip(*(column.tolist() for column in table.values()))]

@@ -28,18 +28,14 @@ from config import get_config, parse_args  # noqa: E402
 from datasets import CaptionDataset, load_word_map, tokenize_references  # noqa: E402
 from models import build_models  # noqa: E402
 from scores import score  # noqa: E402
-from utils import UserError, run, write_text  # noqa: E402
+from utils import UserError, run, subcommand, write_text  # noqa: E402
 
 DRAWS = 5  # of random captions
 CANDIDATES, PICTURES = 50, 500  # the single best caption is sought among the most frequent, on so many pictures
 
 
 def main():
-    commands = dict(reference=train_reference, baselines=baselines, curves=curves)
-    name = sys.argv[1] if len(sys.argv) > 1 else None
-    if name not in commands:
-        raise UserError(f"study.py takes one of {', '.join(commands)}, then its flags")
-    commands[name](sys.argv[2:])
+    subcommand("study.py", reference=train_reference, baselines=baselines, curves=curves)
 
 
 def train_reference(argv):

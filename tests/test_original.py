@@ -21,6 +21,7 @@ import demo
 import eval
 import models
 import pre_process
+import scores
 import train
 from checkpoint import load_checkpoint, load_models
 from config import Config
@@ -143,7 +144,7 @@ def test_every_resnet_is_known_by_its_blocks():
 
 def test_demo_and_evaluation_take_it_and_training_does_not(word_map, tiny, tmp_path, monkeypatch):
     """Scores need only pictures and raw captions, so data with another word map serve."""
-    monkeypatch.setattr(eval, "meteor", lambda *_: {})  # which takes seconds to start
+    monkeypatch.setattr(scores, "meteor", lambda *_: {})  # which takes seconds to start
     checkpoint, states = their_checkpoint()
     path, data = tmp_path / "checkpoint.pth.tar", tmp_path / "data"
     save(checkpoint, tmp_path / "theirs", "zip")

@@ -56,8 +56,7 @@ def best(tiny_flags, tmp_path_factory):
 
 def test_evaluation(best, tiny, tmp_path, monkeypatch):
     has_java = shutil.which("java") is not None
-    for module in (eval, scores):
-        monkeypatch.setattr(module, "meteor", lambda *_: {"METEOR": 0.25})  # which takes seconds to start
+    monkeypatch.setattr(scores, "meteor", lambda *_: {"METEOR": 0.25})  # which takes seconds to start
     done = call(eval.main, "--checkpoint", best, "--split", "test_a", "--beam_size", 2, "--results",
                 tmp_path / "results.json", "--write_submission", tmp_path / "submission.json", "--official",
                 str(has_java).lower())
