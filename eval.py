@@ -19,6 +19,7 @@ from checkpoint import open_checkpoint
 from config import boolean, parse_args, positive
 from data.sample import attention_peak_hits, is_true, read_scenes
 from datasets import CaptionDataset, make_loader, tokenize_references
+from fast.features import keep_features
 from models import generate, pixel_positions
 from scores import attention_course, diagnose, diagnose_words, official_scores, ptb_tokenize, scores_of_both_units
 from utils import UserError, gather_lists, init_distributed, meet_processes, run, write_text
@@ -44,6 +45,8 @@ def main():
     runs = fast.choose(encoder, decoder, config)
     if rank == 0:
         print(runs.summary())
+    if config.cache_features:
+        runs = runs._replace(encoder=keep_features(dataset, encoder, runs.encoder, config, rank, world_size))
     positions = pixel_positions(encoder, config.image_size, config.encoded_image_size)
     captions = caption_split(runs, loader, config, checkpoint["word_map"], args.beam_size, positions, device)
     if dist.is_initialized():

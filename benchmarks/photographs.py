@@ -37,6 +37,7 @@ from config import new_parser, parse_args  # noqa: E402
 from data import flickr8k_cn  # noqa: E402
 from datasets import START, CaptionDataset, kind_of, make_loader  # noqa: E402
 from fast.decoder import pool_matrix  # noqa: E402
+from fast.features import keep_features  # noqa: E402
 from models import generate, log_policy, never_generated  # noqa: E402
 from scores import attention_entropy  # noqa: E402
 from utils import UserError, run, subcommand, write_text  # noqa: E402
@@ -284,6 +285,8 @@ def measure(argv):
     checkpoint, config, device, encoder, decoder = open_checkpoint(args)
     runs = fast.choose(encoder, decoder, config)
     dataset, word_map = CaptionDataset(config, args.split), checkpoint["word_map"]
+    if config.cache_features:
+        runs = runs._replace(encoder=keep_features(dataset, encoder, runs.encoder, config))
     records = collections.defaultdict(list)
     generator = torch.Generator().manual_seed(0)
     for images, _, _, _ in tqdm(make_loader(dataset, config, False), desc=f"measure {args.split}", unit="batch"):

@@ -17,13 +17,15 @@ import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 
+import eval
 import fast.features
 import runlog
 import train
 from checkpoint import load_checkpoint
 from config import get_config
+from conftest import call
 from datasets import CaptionDataset, load_word_map, make_loader
-from fast.features import FeatureStore, KeptFeatures, keep_features
+from fast.features import FeatureStore, KeptFeatures, encode, keep_features
 from models import Encoder
 from utils import UserError
 
@@ -126,6 +128,23 @@ def test_training_with_kept_features_is_training_without(folder, tiny_flags, mon
     _, _, encoded = run_training(folder, "kept", ["--resume"], monkeypatch, "--fine_tune_encoder", "true",
                                  "--cache_features", "false", "--epochs", "3")
     assert encoded == 16
+
+
+def test_evaluation_reads_kept_features(folder, tiny_flags, monkeypatch):
+    run_training(folder, "kept", tiny_flags, monkeypatch, "--cache_features", "true", "--epochs", "1")
+    best, result, encoded = folder.parent / "kept" / "BEST_checkpoint.pth.tar", folder.parent / "results.json", []
+    monkeypatch.setattr(fast.features, "encode", lambda *given: encoded.append(len(given[2])) or encode(*given))
+
+    def evaluate(*flags):
+        encoded.clear()
+        done = call(eval.main, "--checkpoint", best, "--beam_size", 1, "--results", result, *flags)
+        assert done.code == 0, done.err
+        return sum(encoded), [caption["words"] for caption in json.loads(result.read_text())["captions"]]
+
+    count, captions = evaluate()
+    assert count == 1, "the first picture is always looked at"
+    (folder / "valid_features.npy").unlink()
+    assert evaluate() == (5, captions) and evaluate("--cache_features", "false") == (0, captions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
