@@ -17,6 +17,7 @@ from datasets import kind_of
 FONT = FontProperties(fname=str(Path(mplfonts.__file__).parent / "fonts" / "NotoSansCJKsc-Regular.otf"))
 TILES_PER_ROW = 6
 TILE, GAP, WORD_HEIGHT, CAPTION_HEIGHT = 1.9, 0.03, 0.3, 0.5  # inches: a tile's width, around it, above it, above all
+CAPTION_EM, LABEL_EM = 0.22, 0.18  # inches: a character of the caption, of a name beside its region
 PANEL = TILE * TILES_PER_ROW / 2  # the width of the picture, and of that with the regions
 COLOURS = "#e6194b", "#3cb44b", "#ffb000", "#4363d8", "#f58231", "#911eb4", "#00a6a6", "#f032e6"  # of things, in turn
 REGION = 0.5  # of the heat's maximum: where a thing's region ends
@@ -50,10 +51,12 @@ def draw_attention(picture, words, alphas, positions, every_word=False):
     write_caption(axis, words, colours, kinds, width / 2)
     for left in (0, PANEL):
         axis.imshow(picture, extent=(left + GAP, left + PANEL - GAP, tiles_top - GAP, CAPTION_HEIGHT + GAP))
+    labels = []
     for word, heat, colour in zip(words, heats, colours):
         if colour:
-            outline(axis, heat, colour, word, PANEL + GAP, CAPTION_HEIGHT + GAP, PANEL - 2 * GAP,
-                    PANEL * shape - 2 * GAP)
+            x, y = outline(axis, heat, colour, PANEL + GAP, CAPTION_HEIGHT + GAP, PANEL - 2 * GAP,
+                           PANEL * shape - 2 * GAP)
+            label(axis, word, colour, x, y, labels)
 
     gray = picture.convert("L")
     gray.thumbnail((256, 256))
@@ -71,9 +74,8 @@ def draw_attention(picture, words, alphas, positions, every_word=False):
 
 def write_caption(axis, words, colours, kinds, middle):
     """Write the words side by side, things in their colours, words that say nothing by themselves in gray."""
-    em = 0.22  # inches
-    widths = [em * sum(1 if ord(character) > 0x2e7f else 0.6 for character in word) for word in words]
-    size, left = 72 * em, middle - sum(widths) / 2
+    widths = [width_of(word, CAPTION_EM) for word in words]
+    size, left = 72 * CAPTION_EM, middle - sum(widths) / 2
     for word, colour, kind, wide in zip(words, colours, kinds, widths):
         axis.text(left, CAPTION_HEIGHT / 2, word, font=FONT, size=size, va="center",
                   color=colour or ("#888888" if kind == "function word" else "black"))
@@ -82,15 +84,30 @@ def write_caption(axis, words, colours, kinds, middle):
         axis.text(middle, CAPTION_HEIGHT / 2, "（空）", font=FONT, size=size, ha="center", va="center")
 
 
-def outline(axis, heat, colour, word, left, top, width, height):
-    """Tint and outline where a heat map (HEAT_SIDE, HEAT_SIDE) is above REGION of its maximum, with the word at the
-    maximum."""
+def width_of(word, em):
+    """Of a word of FONT, about, in the unit of em, a Chinese character's width."""
+    return em * sum(1 if ord(character) > 0x2e7f else 0.6 for character in word)
+
+
+def outline(axis, heat, colour, left, top, width, height):
+    """Tint and outline where a heat map (HEAT_SIDE, HEAT_SIDE) is above REGION of its maximum. Returns: float, float:
+    where the maximum lies."""
     steps = (np.arange(HEAT_SIDE) + 0.5) / HEAT_SIDE
     x, y, bound = left + width * steps, top + height * steps, REGION * heat.max()
     axis.contourf(x, y, heat, levels=[bound, heat.max() * 1.001], colors=[colour], alpha=0.25)
     axis.contour(x, y, heat, levels=[bound], colors=[colour], linewidths=2)
     row, column = np.unravel_index(heat.argmax(), heat.shape)
-    axis.text(x[column], y[row], word, font=FONT, size=13, ha="center", va="center", color=colour,
+    return x[column], y[row]
+
+
+def label(axis, word, colour, x, y, labels):
+    """Write a thing's name at (x, y), or below the names that are there already. Args: labels (list): of these."""
+    half = width_of(word, LABEL_EM) / 2
+    while any(abs(x - other_x) < half + other_half and abs(y - other_y) < 1.2 * LABEL_EM
+              for other_x, other_y, other_half in labels):
+        y += LABEL_EM / 4
+    labels.append((x, y, half))
+    axis.text(x, y, word, font=FONT, size=72 * LABEL_EM, ha="center", va="center", color=colour,
               path_effects=[withStroke(linewidth=3, foreground="white")])
 
 

@@ -2,6 +2,7 @@
 import base64
 import dataclasses
 import io
+import itertools
 import json
 import re
 import shutil
@@ -154,6 +155,15 @@ def test_a_figure_shows_attention_where_it_lies(settings):
         assert gray.get_extent() == heat.get_extent()
         peak = np.unravel_index(heat.get_array().argmax(), heat.get_array().shape)
         assert (np.array(peak[::-1]) + 0.5) / heat.get_array().shape == pytest.approx(place, abs=0.01)
+
+
+def test_names_beside_regions_at_the_same_place_can_be_read():
+    figure = draw_attention(Image.new("RGB", (120, 80)), ["男孩", "草地", "皮球"],
+                            np.full((3, 8, 8), 1 / 64), np.linspace(0, 1, 8))
+    figure.draw_without_rendering()
+    names = [text.get_window_extent() for text in figure.axes[0].texts[3:6]]
+    assert [text.get_text() for text in figure.axes[0].texts[3:6]] == ["男孩", "草地", "皮球"]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(names, 2))
 
 
 def test_words_that_say_nothing_get_no_tile_unless_asked_for():
