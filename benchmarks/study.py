@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scr
 import checkpoint  # noqa: E402
 import train  # noqa: E402
 from benchmarks import reference  # noqa: E402
-from config import get_config, parse_args  # noqa: E402
+from config import get_config, new_parser, parse_args  # noqa: E402
 from datasets import CaptionDataset, load_word_map, tokenize_references  # noqa: E402
 from models import build_models  # noqa: E402
 from scores import score  # noqa: E402
@@ -101,11 +101,14 @@ def baselines(argv):
 
 
 def curves(argv):
-    """Args: the plot to write, then log.jsonl files; the curve of logs/NAME/RUN/log.jsonl is labelled NAME."""
-    if len(argv) < 2:
-        raise UserError("study.py curves takes the plot to write, then log.jsonl files")
-    logs = {path: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            for path in map(Path, argv[1:])}
+    """The curve of logs/NAME/RUN/log.jsonl is labelled NAME."""
+    parser = new_parser(__doc__)
+    parser.add_argument("plot", metavar="FILE", help="the plot to write")
+    parser.add_argument("logs", metavar="LOG", nargs="+", type=Path, help="log.jsonl of a run")
+    args = parser.parse_args(argv)
+    if missing := [path for path in args.logs if not path.exists()]:
+        raise UserError(f"{missing[0]} does not exist: train.py writes it")
+    logs = {path: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in args.logs}
     shown = [("valid", "CIDEr"), ("valid", "BLEU-4"), ("valid", "cross_entropy")]
     if any("reward" in line["train"] for lines in logs.values() for line in lines):  # of self-critical training
         shown.append(("train", "reward"))
@@ -119,8 +122,8 @@ def curves(argv):
             axis.set(xlabel="epoch", title=f"{dict(valid='validation', train='training')[part]}: {name}")
             axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
-    figure.savefig(argv[0], dpi=100)
-    print(f"Wrote {argv[0]}")
+    figure.savefig(args.plot, dpi=100)
+    print(f"Wrote {args.plot}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,99 @@
+"""The pages: every command in them parses, both languages give the same commands, every link leads somewhere."""
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from config import get_config
+from conftest import ROOT
+
+PAGES = sorted(path.relative_to(ROOT) for folder in (".", "docs", "data", "models", "benchmarks")
+               for path in (ROOT / folder).glob("*.md"))
+
+
+class Parsed(Exception):
+    """Raised in the place of all that follows the command line."""
+
+
+def commands(page):
+    """The commands of a page's blocks, without comments. Returns: list of lists of str."""
+    found, text = [], (ROOT / page).read_text(encoding="utf-8")
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        variables = dict(re.findall(r'^(\w+)="(.*?)"$', block, re.MULTILINE | re.DOTALL))
+        block = re.sub(r'^\w+=".*?"$', "", block, flags=re.MULTILINE | re.DOTALL).replace("\\\n", " ")
+        for name, value in variables.items():
+            block = block.replace(f"${name} ", f"{value} ").replace(f"${name}\n", f"{value}\n")
+        for line in block.splitlines():
+            words = shlex.split(line.replace("\n", " "), comments=True)
+            while "&&" in words:
+                found.append(words[:words.index("&&")])
+                words = words[words.index("&&") + 1:]
+            found.append(words)
+    return [command for command in found if command]
+
+
+def main_of(path):
+    """The main function of a script of this repository, Path within it."""
+    return importlib.import_module(".".join(path.with_suffix("").parts) if path.parts[0] != "models"
+                                   else path.stem).main
+
+
+def parse(path, flags):
+    """Let a script read its command line, and do no more. Raises: UserError, AssertionError: it refuses it."""
+    original = argparse.ArgumentParser.parse_known_args
+
+    def once(parser, args=None, namespace=None):
+        found, unknown = original(parser, args, namespace)
+        assert not unknown
+        if hasattr(found, "preset"):
+            get_config(found.preset, {name: value for name, value in vars(found).items() if name in vars(get_config())})
+        raise Parsed
+
+    with mock.patch("argparse.ArgumentParser.parse_known_args", once), \
+            mock.patch("sys.argv", [str(path), *flags]), pytest.raises(Parsed):
+        main_of(path)()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_commands_of_a_page_parse(page, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "models")
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for command in commands(page):
+        if command[0] == "make":
+            assert command[1] in targets, command
+        scripts = [number for number, word in enumerate(command) if word.endswith(".py")]
+        if command[0] in ("python", "torchrun") and scripts and command[1] != "-m":
+            path = Path(command[scripts[0]])
+            if path != Path("data/mine.py"):  # the reader's own
+                parse(path, command[scripts[0] + 1:])
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name.endswith(".en.md")], ids=str)
+def test_both_languages_give_the_same_commands(page):
+    assert commands(page) == commands(page.with_name(page.name.replace(".en.md", ".md")))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_links_of_a_page_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)
+    for link in filter(None, (part for pair in links for part in pair)):
+        if "://" not in link:
+            path, _, anchor = link.partition("#")
+            target = (ROOT / page).parent / path if path else ROOT / page
+            assert target.exists(), link
+            if anchor:
+                assert anchor in anchors(target), link
+
+
+def anchors(path):
+    """Of a page's headings, as GitHub makes them."""
+    found = []
+    for heading in re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE):
+        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        found.append(f"{anchor}-{found.count(anchor)}" if anchor in found else anchor)
+    return found
