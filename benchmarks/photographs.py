@@ -201,34 +201,37 @@ def execute(command, folder):
                         f"resumes the study")
 
 
+COLUMNS = ("epoch", "held out", "CIDEr 1", "CIDEr 3", "CIDEr 5", "BLEU-4 3", "distinct_captions 3", "bad_endings 3",
+           "length_ratio 3", "copied_captions 3")
+
+
 def tabulate():
     """All results there are. Returns: str, a table in Markdown: means and standard deviations over the seeds."""
-    lines = ["| row | seeds | best epoch | CIDEr, greedy, held out | CIDEr, greedy | CIDEr, beam 3 | BLEU-4, beam 3 | "
-             "distinct captions |", "|---|" + "---|" * 7]
+    lines = ["| row | seeds | epoch | held out: CIDEr, greedy | CIDEr, greedy | CIDEr, beam 3 | CIDEr, beam 5 | "
+             "BLEU-4 | distinct captions | bad endings | length / references' | training captions |",
+             "|---" * (2 + len(COLUMNS)) + "|"]
     for name in ROWS:
         runs = [found for seed in range(3) if (found := results(name, seed))]
         if runs:
-            columns = [[found.get(key) for found in runs] for key in (
-                "epoch", "held_out", "CIDEr 1", "CIDEr 3", "BLEU-4 3", "distinct 3")]
-            lines.append(f"| {name} | {len(runs)} | " + " | ".join(map(mean_and_deviation, columns)) + " |")
+            columns = [mean_and_deviation([found.get(key) for found in runs]) for key in COLUMNS]
+            lines.append(f"| {name} | {len(runs)} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
 def results(name, seed):
-    """What a run gave on the published valid. Returns: dict: name -> number; empty where it is not finished."""
+    """What a run gave on the published valid. Returns: dict: of COLUMNS -> number; empty where it is not finished."""
     folder, found = run_folder(name, seed), {}
     for beam in ROWS[name].beams:
         path = results_file(name, seed, "test_a", beam)
         if not path.exists():
             return {}
         part = json.loads(path.read_text(encoding="utf-8"))
-        found |= {f"CIDEr {beam}": part["scores"]["CIDEr"], f"BLEU-4 {beam}": part["scores"]["BLEU-4"],
-                  f"distinct {beam}": part["diagnosis"]["distinct_captions"]}
+        found |= {f"{key} {beam}": value for key, value in (part["scores"] | part["diagnosis"]).items()}
     logs = [json.loads(line) for path in sorted((LOGS / folder.name).glob("*/log.jsonl"))
             for line in path.read_text(encoding="utf-8").splitlines()]
     if logs:
         best = max((line for line in logs if line["best"]), key=lambda line: line["valid"]["CIDEr"])
-        found |= dict(epoch=best["epoch"], held_out=best["valid"]["CIDEr"])
+        found |= {"epoch": best["epoch"], "held out": best["valid"]["CIDEr"]}
     return found
 
 

@@ -74,12 +74,13 @@ def test_the_table_has_what_was_scored(tmp_path, monkeypatch):
         log.mkdir(parents=True)
         for beam in photographs.ROWS["baseline"].beams:
             (folder / f"results_test_a_beam{beam}.json").write_text(json.dumps(dict(
-                scores={"CIDEr": score, "BLEU-4": 0.25}, diagnosis=dict(distinct_captions=300))))
+                scores={"CIDEr": score, "BLEU-4": 0.25}, diagnosis=dict(distinct_captions=300, bad_endings=0.01))))
         (log / "log.jsonl").write_text("".join(
             json.dumps(dict(epoch=epoch, best=epoch < 3, valid=dict(CIDEr=0.7 + epoch / 100))) + "\n"
             for epoch in (1, 2, 3)))
     row = photographs.tabulate().splitlines()[2]
-    assert row == "| baseline | 2 | 2 ± 0 | 0.720 ± 0.000 | 0.850 ± 0.071 | 0.850 ± 0.071 | 0.250 ± 0.000 | 300 ± 0 |"
+    assert row == ("| baseline | 2 | 2 ± 0 | 0.720 ± 0.000 | 0.850 ± 0.071 | 0.850 ± 0.071 | 0.850 ± 0.071 | "
+                   "0.250 ± 0.000 | 300 ± 0 | 0.010 ± 0.000 | - | - |")
 
 
 def test_a_study_resumes(tmp_path, monkeypatch):
