@@ -61,7 +61,7 @@ class Config:
     print_freq: int = 50  # steps between logging loss, gradient norm and speed; each time waits for the device
     checkpoint_minutes: float = 15.0  # time between checkpoints within an epoch; a killed run loses no more than that
     seed: int = 0  # weights, shuffling, dropout
-    precision: str = "auto"  # of training: float32; bfloat16 (autocast, if the hardware has it); auto: that on a GPU
+    precision: str = "auto"  # of training: float32, bfloat16, float16 (autocast); auto: on a GPU the best it has
     device: str = "auto"  # auto (cuda if available, otherwise cpu), cpu, cuda, cuda:1, mps (Apple's), ...
     workers: int = 4  # processes that load batches; 0 loads them in the training process
     fast: bool = True  # run fast/ instead of models.py where both give the same numbers; false: models.py as written
@@ -87,8 +87,8 @@ class Config:
         for name, bound in at_most.items():
             if not getattr(self, name) <= bound:
                 raise UserError(f"--{name} must be at most {bound}, not {getattr(self, name)}")
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"--precision must be auto, float32 or bfloat16, not {self.precision!r}")
+        if self.precision not in ("auto", "float32", "bfloat16", "float16"):
+            raise UserError(f"--precision must be auto, float32, bfloat16 or float16, not {self.precision!r}")
         if self.cache_features and self.fine_tune_encoder:
             raise UserError("--cache_features true keeps features that --fine_tune_encoder true changes at every step: "
                             "give --cache_features false, or --fine_tune_encoder false")

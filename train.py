@@ -63,6 +63,7 @@ class Progress:
     sums: dict = field(default_factory=dict)  # of this epoch, by name, up to the last reading
     recent: dict = field(default_factory=dict)  # since the last reading; see Sums
     terms: dict = field(default_factory=dict)  # of the loss, name -> (per, weight)
+    scaler: dict = field(default_factory=dict)  # of float16; see GradScaler
     seconds: float = 0.0  # of this epoch
     best: list = field(default_factory=lambda: [-math.inf] * 3)  # CIDEr, BLEU-4, minus the validation loss
     epochs_since_improvement: int = 0
@@ -93,6 +94,9 @@ def main():
     elif checkpoint:
         notes = resume(progress, optimizers, checkpoint, config, args.flags, path, world_size)
     recent, averages = Sums(progress.recent, device, rank), Averages(optimizers, config.ema_decay)
+    scaler = make_scaler(config, device)
+    if progress.scaler:
+        scaler.load_state_dict(progress.scaler)
     runs = prepare(encoder, decoder, config, device, (train_loader.dataset, valid_loader.dataset), rank, world_size)
     train_decoder, objective = parallel(runs.decoder, world_size), teacher_forced
     if config.self_critical:
@@ -105,7 +109,7 @@ def main():
                      valid_loader.dataset, pixel_positions(encoder, config.image_size, config.encoded_image_size))
 
     def save(best=False):
-        progress.recent = recent.of_all_processes()
+        progress.recent, progress.scaler = recent.of_all_processes(), scaler.state_dict()
         if rank > 0 or not are_finite([*changing(encoder, optimizers), torch.tensor([*progress.recent.values()])]):
             return  # the next reading will stop the run
         log.flush()  # the log may be ahead of the checkpoint, but not behind
@@ -119,8 +123,8 @@ def main():
     pause = Pause(config.checkpoint_minutes, save)
     while (progress.epoch - progress.began < config.epochs
            and progress.epochs_since_improvement < config.early_stop_epochs):
-        training = train_one_epoch(runs.training_encoder, train_decoder, objective, optimizers, averages, train_loader,
-                                   config, progress, recent, log, pause)
+        training = train_one_epoch(runs.training_encoder, train_decoder, objective, optimizers, scaler, averages,
+                                   train_loader, config, progress, recent, log, pause)
         with averages.in_place(True):
             validation, captions = validate(runs.encoder, runs.decoder, valid_loader, config, word_map, pause)
         pause()
@@ -182,6 +186,12 @@ def make_optimizers(config, encoder, decoder):
     return {name: torch.optim.Adam((p for p in half.parameters() if p.requires_grad),
                                    lr=getattr(config, rate_field(config, name)), fused=True)
             for name, half in trained.items()}
+
+
+def make_scaler(config, device):
+    """What scales the loss, so that small gradients do not vanish in float16, and skips the steps that overflow it
+    (Micikevicius et al. 2018, arXiv 1710.03740). Returns: GradScaler, disabled in other precisions."""
+    return torch.amp.GradScaler(device.type, enabled=precision(config, device) == torch.float16)
 
 
 def rate_field(config, name):
@@ -254,7 +264,8 @@ def parallel(module, world_size):
 
 
 def start_line(config, encoder, optimizers, device, world_size, words, progress, train_loader, valid_loader):
-    """Data, model, where it runs, the rates in force, the log. Returns: str; a second line where that is a mistake."""
+    """Data, model, where it runs, the rates in force, the log. Returns: str; more lines where something of that is
+    not what the user would expect."""
     line = (f"{len(train_loader.dataset)} training and {len(valid_loader.dataset)} validation pictures, {words} words; "
             f"{config.encoder} ({config.encoder_weights}), {device} x {world_size}, "
             f"{str(precision(config, device)).removeprefix('torch.')}; rates: "
@@ -262,6 +273,8 @@ def start_line(config, encoder, optimizers, device, world_size, words, progress,
             + ("" if config.fine_tune_encoder else ", encoder frozen")
             + f"; log: {Path(config.log_dir) / progress.run}"
             + (f"; resuming at epoch {progress.epoch + 1}, batch {progress.batch + 1}" if progress.step else ""))
+    if config.precision not in ("auto", str(precision(config, device)).removeprefix("torch.")):
+        line += f"\nwarning: this {device.type} device would only imitate {config.precision}, so float32 is used"
     # Batch norms count the batches that they were trained on.
     is_random = not any(count > 0 for name, count in encoder.named_buffers() if name.endswith("num_batches_tracked"))
     if config.encoder_weights == "none" and not config.fine_tune_encoder and is_random:
@@ -461,7 +474,8 @@ class Averages:
         self.are_in_place = not self.are_in_place
 
 
-def train_one_epoch(encoder, decoder, objective, optimizers, averages, loader, config, progress, recent, log, pause):
+def train_one_epoch(encoder, decoder, objective, optimizers, scaler, averages, loader, config, progress, recent, log,
+                    pause):
     """One pass over the training pictures, each with all its captions, or the rest of one.
 
     Losses are sums divided by the counts of the whole global batch, so they do not depend on how many processes share
@@ -469,9 +483,9 @@ def train_one_epoch(encoder, decoder, objective, optimizers, averages, loader, c
 
     Args:
         encoder, decoder (nn.Module): wrapped for distributed training where there are several processes.
-        objective (function): teacher_forced, or a SelfCritical. optimizers (dict). averages (Averages).
-        loader (DataLoader). config (Config). progress (Progress). recent (Sums). log (RunLog or None): of the first
-        process. pause (Pause).
+        objective (function): teacher_forced, or a SelfCritical. optimizers (dict). scaler (GradScaler): of
+        float16, otherwise disabled. averages (Averages). loader (DataLoader). config (Config). progress (Progress).
+        recent (Sums). log (RunLog or None): of the first process. pause (Pause).
     Returns:
         dict: see `means`.
     Raises:
@@ -498,18 +512,23 @@ def train_one_epoch(encoder, decoder, objective, optimizers, averages, loader, c
         loss = world_size * sum(term.weight * term.sum / total[term.per] for term in terms.values() if term.weight)
         for optimizer in optimizers.values():
             optimizer.zero_grad()
-        loss.backward()
+        scaler.scale(loss).backward()
+        for optimizer in optimizers.values():
+            scaler.unscale_(optimizer)
 
         number = progress.batch + 1
         is_read = number % config.print_freq == 0 or number == steps
-        if is_read:
+        if is_read or scaler.is_enabled():
             norm = torch.nn.utils.get_total_norm(p.grad for p in parameters(optimizers) if p.grad is not None)
         if clip := config.self_critical_clip if config.self_critical else config.grad_clip:
             torch.nn.utils.clip_grad_value_(parameters(optimizers), clip)
         for optimizer in optimizers.values():
-            optimizer.step()
+            scaler.step(optimizer)
+        scaler.update()
         averages.update(progress.step)
 
+        if scaler.is_enabled():
+            terms = with_skipped_steps(terms, norm, numbers[[*counts].index("images")])
         recent.add({name: term.sum.detach() for name, term in terms.items()} | dict(zip(counts, numbers)))
         unread.append((number, rows, loss.detach()))
         seconds = {name: seconds.get(name, 0.0) + value for name, value in spent.items()}
@@ -518,7 +537,7 @@ def train_one_epoch(encoder, decoder, objective, optimizers, averages, loader, c
         progress.terms = {name: (term.per, term.weight) for name, term in terms.items()}
         clock = now
         if is_read:
-            check_finite(unread, changing(encoder, optimizers), progress, loader.dataset)
+            check_finite(unread, changing(encoder, optimizers), scaler, progress, loader.dataset)
             sums = recent.of_all_processes()
             recent.clear()
             read = means(sums, progress.terms, progress.seconds - before)
@@ -531,6 +550,8 @@ def train_one_epoch(encoder, decoder, objective, optimizers, averages, loader, c
                 progress.reading |= {f"seconds_{name}": value / len(unread) for name, value in seconds.items()}
             unread, seconds, before = [], {}, progress.seconds
             bar.set_postfix({name: f"{value:.3g}" for name, value in read.items()})
+            if scaler.is_enabled():
+                progress.reading["loss_scale"] = scaler.get_scale()
             if norm.isfinite():  # its square may be too large for a number though nothing else is
                 progress.reading["gradient_norm"] = norm.item()
             if log and number < steps:  # an epoch's last reading is logged with the epoch
@@ -597,8 +618,19 @@ def means(sums, terms, seconds):
 
 
 def mixed_precision(config, device):
-    """autocast to bfloat16 where config.precision asks for it; weights, their updates and the loss stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision(config, device) == torch.bfloat16)
+    """autocast to bfloat16 or float16 where `precision` gives that; weights, their updates and the loss stay float32.
+    """
+    dtype = precision(config, device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def with_skipped_steps(terms, norm, images):
+    """The terms, finite, and the share of steps that float16 skips, as their gradient overflowed.
+
+    Args: terms (dict): name -> Term. norm: of the gradient, 0-dim. images: of the batch, 0-dim. Returns: dict.
+    """
+    terms = {name: term._replace(sum=term.sum.detach().nan_to_num(0, 0, 0)) for name, term in terms.items()}
+    return terms | dict(skipped_steps=Term((~norm.isfinite()) * images, "images"))
 
 
 def finish_epoch(progress, recent, training, validation, captions, optimizers, config, path):
@@ -652,13 +684,18 @@ def last_line(config, progress, path):
 # What must stay finite, and the rates
 
 
-def check_finite(unread, weights, progress, dataset):
+def check_finite(unread, weights, scaler, progress, dataset):
     """Raise UserError for the first step whose loss is not finite, or for the last one where the weights are not.
 
     Args:
-        unread: (step, rows, loss) of each step. weights: of `changing`. progress (Progress). dataset (CaptionDataset).
+        unread: (step, rows, loss) of each step. weights: of `changing`. scaler (GradScaler): skips steps that are not
+        finite. progress (Progress). dataset (CaptionDataset).
     """
-    faults = [(number, rows, f"the loss became {loss.item()}") for number, rows, loss in unread if not loss.isfinite()]
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        raise UserError(f"float16 cannot hold loss and gradient at epoch {progress.epoch + 1}, step {unread[-1][0]}, "
+                        f"however they are scaled; the last checkpoint is kept: --resume --precision float32")
+    faults = [(number, rows, f"the loss became {loss.item()}") for number, rows, loss in unread
+              if not loss.isfinite() and not scaler.is_enabled()]
     if not faults and not are_finite(weights):
         faults = [(*unread[-1][:2], "the weights became NaN or infinite")]
     for number, rows, what in faults:

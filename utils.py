@@ -149,21 +149,31 @@ def get_device(config):
 
 
 def precision(config, device):
-    """The type that training multiplies in: never bfloat16 where it would only be imitated, which is far slower.
+    """The type that training multiplies in, see `precisions`; on a GPU without bfloat16 float16 where it is `auto`.
 
     Args:
         config (Config). device (torch.device).
     Returns:
-        torch.dtype: float32 or bfloat16.
+        torch.dtype: float32, bfloat16 or float16.
     """
-    if config.precision == "float32" or (config.precision == "auto" and device.type == "cpu"):
-        return torch.float32
+    has = precisions(device)
+    if config.precision == "auto":
+        return has[-1] if device.type == "cuda" else torch.float32
+    wanted = getattr(torch, config.precision)
+    return wanted if wanted in has else torch.float32
+
+
+def precisions(device):
+    """What a device multiplies in natively, not imitated, which is far slower. Returns: list of torch.dtype, the best
+    one for training last."""
     if device.type == "cuda":
-        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        is_native = device.type == "cpu" and any(torch.cpu.get_capabilities().get(name)
-                                                 for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if is_native else torch.float32
+        has_float16 = torch.cuda.get_device_capability(device) >= (7, 0)  # before that no faster than float32
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return [torch.float32, *[torch.float16] * has_float16, *[torch.bfloat16] * has_bfloat16]
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return [torch.float32, *(dtype for dtype, names in (
+        (torch.float16, ("avx512_fp16", "amx_fp16", "fp16_arith")),
+        (torch.bfloat16, ("avx512_bf16", "amx_bf16", "bf16"))) if any(map(has.get, names)))]
 
 
 def to_device(tensor, device):

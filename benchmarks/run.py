@@ -56,8 +56,8 @@ from fast.encoder import Replayed  # noqa: E402
 from fast.features import KeptFeatures  # noqa: E402
 from models import DecoderWithAttention, Encoder, beam_search, caption_loss  # noqa: E402
 from scores import score  # noqa: E402
-from train import (Averages, Progress, Sums, counts_of, make_optimizers, mixed_precision, parameters, prepare,  # noqa: E402
-                   teacher_forced, train_one_epoch, validate)
+from train import (Averages, Progress, Sums, counts_of, make_optimizers, make_scaler, mixed_precision, parameters,  # noqa: E402
+                   prepare, teacher_forced, train_one_epoch, validate)
 from utils import UserError, get_device, keep_freed_memory, run  # noqa: E402
 
 CONFIG = Config(encoder_weights="none", dropout=0.0)  # dropout draws other numbers on each side
@@ -491,7 +491,7 @@ def time_training(kind, dataset, config, device):
     """Returns: float: s of train_one_epoch; float: share of it in which the GPU was busy, in %."""
     encoder, decoder = make_models("product", config, V, device)
     encoder.fine_tune("top" if config.fine_tune_encoder else "none")
-    optimizers = make_optimizers(config, encoder, decoder)
+    optimizers, scaler = make_optimizers(config, encoder, decoder), make_scaler(config, device)
     runs = prepare(encoder, decoder, config, device, (), 0, 1)
     encoder = keep_random_features(dataset, device) if kind == "kept" else runs.training_encoder
     loader = make_loader(dataset, config, True)
@@ -500,8 +500,8 @@ def time_training(kind, dataset, config, device):
         memory(device, reset=True)
         with Usage() as usage:
             start = time.perf_counter()
-            train_one_epoch(encoder, runs.decoder, teacher_forced, optimizers, Averages(optimizers, 0), loader, config,
-                            progress, Sums({}, device, 0), None, lambda: None)
+            train_one_epoch(encoder, runs.decoder, teacher_forced, optimizers, scaler, Averages(optimizers, 0), loader,
+                            config, progress, Sums({}, device, 0), None, lambda: None)
             seconds = time.perf_counter() - start
     return seconds, usage.mean
 

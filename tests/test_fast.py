@@ -76,12 +76,13 @@ def test_captions_and_their_attention(decoder, quick, beam_size):  # noqa: F811
     assert torch.allclose(found.alphas, expected.alphas, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("written", [False, True])
-def test_training_in_bfloat16(decoder, batch, written):  # noqa: F811
+def test_training_in_reduced_precision(decoder, batch, written, dtype):  # noqa: F811
     """Nearly the same; what is summed over alpha stays float32."""
     quick = FastDecoder(decoder, decoder.attention if written else None)
     expected = loss_and_gradients(decoder, decoder, batch)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         assert decoder(*batch)[2].dtype == quick(*batch)[2].dtype == torch.float32
         for runs in (decoder, quick):
             found = loss_and_gradients(runs, decoder, batch)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import train
+import utils
 from checkpoint import load_checkpoint
 from config import Config, get_config, parse_args
 from datasets import CaptionDataset, load_word_map, make_loader
@@ -206,8 +207,9 @@ def epoch_of(tiny_flags, *flags):
     encoder, decoder = build_models(config, len(word_map))
     loader = make_loader(CaptionDataset(config, "train", word_map), config, True)
     optimizers = train.make_optimizers(config, encoder, decoder)
-    return (encoder, decoder, train.teacher_forced, optimizers, train.Averages(optimizers, config.ema_decay), loader,
-            config, train.Progress(run="run", batches={}), train.Sums({}, torch.device("cpu"), 0), None, lambda: None)
+    return (encoder, decoder, train.teacher_forced, optimizers, torch.amp.GradScaler("cpu", enabled=False),
+            train.Averages(optimizers, config.ema_decay), loader, config,
+            train.Progress(run="run", batches={}), train.Sums({}, torch.device("cpu"), 0), None, lambda: None)
 
 
 def test_a_grad_clip_of_0_clips_nothing(tiny_flags):
@@ -345,12 +347,68 @@ def test_a_device_without_float64_can_train(run, monkeypatch):
         run("--epochs", 1, "--print_freq", 2)
 
 
-def test_bfloat16_is_for_cpus_and_gpus_that_have_it(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    for wanted in ("auto", "float32", "bfloat16"):
-        assert precision(Config(precision=wanted), torch.device("mps")) == torch.float32
-        expected = torch.bfloat16 if wanted == "bfloat16" else torch.float32
-        assert precision(Config(precision=wanted), torch.device("cpu")) == expected
+@pytest.mark.parametrize("device, has, best", [
+    ("cpu", dict(avx512_bf16=True), dict(bfloat16="bfloat16")), ("mps", {}, {}),
+    ("cuda", (9, 0, True), dict(auto="bfloat16", bfloat16="bfloat16", float16="float16")),
+    ("cuda", (7, 5, False), dict(auto="float16", float16="float16")), ("cuda", (6, 1, False), {}),
+], ids=["Zen 4", "Apple", "H100", "T4", "GTX 1080"])
+def test_a_device_gets_the_best_precision_that_it_has(device, has, best, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: has[:2])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has[2])
+    for wanted in ("auto", "float32", "bfloat16", "float16"):
+        found = precision(Config(precision=wanted), torch.device(device))
+        assert found == getattr(torch, best.get(wanted, "float32"))
+
+
+def test_a_precision_that_a_device_lacks_is_said(run, monkeypatch):
+    monkeypatch.setattr(utils, "precisions", lambda device: [torch.float32])
+    assert re.search("warning: .*bfloat16.*float32", run("--epochs", 1, "--precision", "bfloat16"))
+
+
+@pytest.fixture
+def run_float16(run, monkeypatch):
+    """As `run`, in float16, on a CPU that only imitates it."""
+    monkeypatch.setattr(utils, "precisions", lambda device: [torch.float32, torch.float16])
+    return lambda *flags, **keywords: run("--precision", "float16", *flags, **keywords)
+
+
+def test_float16_trains_as_float32_does(run_float16, run, tmp_path):
+    run_float16("--epochs", 1, "--fine_tune_encoder", "true")
+    (_, scalars), log = read_log(tmp_path), read_log(tmp_path)[0][0]
+    assert log["train"]["skipped_steps"] == 0 and scalars["train/loss_scale"] == [2.0 ** 16]
+    for name in ("models", "logs"):
+        (tmp_path / name).rename(tmp_path / f"{name} in float16")
+    run("--epochs", 1, "--fine_tune_encoder", "true")
+    for part in ("train", "valid"):
+        assert log[part]["loss"] == pytest.approx(read_log(tmp_path)[0][0][part]["loss"], rel=5e-3)
+
+
+def test_a_step_that_overflows_float16_is_skipped_and_a_resumed_run_is_exact(run_float16, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        spoil_gradient(patch, 2, "fc.weight")
+        run_float16("--epochs", 2, "--fast", "false")
+    whole, log = last_checkpoint(tmp_path), read_log(tmp_path)[0]
+    assert log[0]["train"]["skipped_steps"] == pytest.approx(1 / 3) and log[1]["train"]["skipped_steps"] == 0
+    assert whole["progress"]["scaler"]["scale"] == 2.0 ** 15 and math.isfinite(log[0]["train"]["loss"])
+    for name in ("models", "logs"):
+        (tmp_path / name).rename(tmp_path / f"{name} of the whole")
+    with monkeypatch.context() as patch:
+        spoil_gradient(patch, 2, "fc.weight")
+        stop_during(patch, 2)
+        run_float16("--epochs", 2, "--fast", "false", check=128 + signal.SIGTERM)
+    assert last_checkpoint(tmp_path)["progress"]["scaler"]["scale"] == 2.0 ** 15
+    run_float16("--epochs", 2, "--fast", "false", "--resume")
+    resumed = last_checkpoint(tmp_path)
+    assert resumed["progress"]["scaler"] == whole["progress"]["scaler"]
+    for half in ("encoder", "decoder"):
+        assert all(torch.equal(weight, resumed[half][name]) for name, weight in whole[half].items())
+
+
+def test_a_loss_that_float16_never_holds_ends_the_run(run_float16, tmp_path, monkeypatch):
+    change_models(monkeypatch, lambda _, decoder: decoder.fc.bias.register_hook(lambda gradient: gradient * math.inf))
+    printed = run_float16("--epochs", 9, "--fast", "false", check=2)
+    assert re.search("float16.*epoch 6, step 3.*--precision float32", printed)  # 17 steps halve 2^16 to less than 1
 
 
 def test_about_half_of_the_grids_are_mirrored():
