@@ -65,7 +65,8 @@ def load_checkpoint(path):
 
 def read_checkpoint(path):
     if not path.is_file():
-        other = min(path.parent.glob("*.pth.tar"), default=Path("FILE"))
+        here, presets = (path.parent.glob(pattern) for pattern in ("*.pth.tar", "*/BEST_checkpoint.pth.tar"))
+        other = min(here, default=min(presets, default=Path("FILE")))
         found = f"name one to eval.py or demo.py: --checkpoint {shlex.quote(str(other))}"
         if other.name.endswith("_.pth.tar"):  # as the original names its own
             found = f"import the original's: python models/import_original.py {shlex.quote(str(other))} WORDMAP.json"

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import re
 import signal
 import warnings
@@ -395,7 +396,7 @@ class BatchSampler(Sampler):
 
 
 def make_loader(dataset, config, shuffle, rank=0, world_size=1):
-    """Batches of one split, read by `config.workers` processes.
+    """Batches of one split, read by `config.workers` processes, at most one per CPU core.
 
     Args:
         dataset (CaptionDataset), config (Config), shuffle (bool): training; rank, world_size (int).
@@ -403,10 +404,11 @@ def make_loader(dataset, config, shuffle, rank=0, world_size=1):
         DataLoader of what CaptionDataset gives; `sampler.epoch` chooses the permutation, `sampler.first` the batch to
         begin with.
     """
+    workers = min(config.workers, os.cpu_count())
     sampler = BatchSampler(len(dataset), config.batch_size, shuffle, config.seed, rank, world_size)
-    return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=config.workers,
+    return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=workers,
                       pin_memory=config.device != "cpu" and torch.cuda.is_available(),
-                      persistent_workers=config.workers > 0, worker_init_fn=leave_signals)
+                      persistent_workers=workers > 0, worker_init_fn=leave_signals)
 
 
 def leave_signals(worker):

@@ -436,7 +436,8 @@ def load_resnet(name, weights):
     except (URLError, OSError, RuntimeError) as error:
         raise UserError(f"the ImageNet weights of {name} cannot be downloaded ({error}): fetch {imagenet.url} "
                         f"elsewhere and put it into {torch.hub.get_dir()}/checkpoints/, or name a state dict with "
-                        f"--encoder_weights PATH, or train from random weights with --encoder_weights none") from None
+                        f"--encoder_weights PATH, or train a smaller network from random weights: --encoder resnet18 "
+                        f"--encoder_weights none --fine_tune_encoder true") from None
     if weights not in ("imagenet", "none"):
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)

@@ -41,6 +41,7 @@ SPLITS = {
     "test_b": ("ai_challenger_caption_test_b_20180103", "caption_test_b_images_20180103",
                "caption_test_b_annotations_20180103.json"),
 }
+MANY_UNKNOWN = 0.2  # share of words outside the word map above which there is a warning
 PIXELS_BEGIN = 4096  # bytes from the start of {split}.h5, after the header of an empty HDF5 file
 
 
@@ -228,7 +229,7 @@ def parse_annotations(content, path):
     try:
         entries = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): get it again") from None
+        raise UserError(f"{path} is not valid JSON ({error}): correct it, or get it again") from None
     if isinstance(entries, dict):  # COCO's, turned into AI Challenger's
         images, annotations = entries.get("images"), entries.get("annotations", [])
         check(isinstance(images, list) and isinstance(annotations, list), "neither a list nor COCO's object of lists")
@@ -410,11 +411,15 @@ def ordered_map(pool, function, items):
 
 
 def print_counts(split, counts):
+    rate = counts["unknown_word_rate"]
     print(f"{split}: {counts['pictures']} pictures, {len(counts['bad_pictures'])} unreadable, "
           f"{counts['pictures_without_caption']} without caption; {counts['captions']} captions "
           f"({counts['empty_captions']} empty and {counts['extra_captions']} extra ones left out, "
           f"{counts['cut_captions']} cut at max_len, longest {counts['longest_caption']} words); "
-          f"{counts['unknown_word_rate']:.2%} unknown words")
+          f"{rate:.2%} unknown words")
+    if rate > MANY_UNKNOWN:
+        print(f"warning: {rate:.0%} of the words of {split} are too rare in train for the word map; with few captions, "
+              f"give --min_word_freq 1")
 
 
 if __name__ == "__main__":

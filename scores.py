@@ -56,7 +56,8 @@ def score(hypotheses, references):
         bleu = corpus_bleu([human for _, human in pairs], [hypothesis for hypothesis, _ in pairs],
                            weights=[(1 / n,) * n for n in (1, 2, 3, 4)])
     human, generated = join_words(hypotheses, references)
-    scores = {f"BLEU-{n}": float(value) for n, value in zip((1, 2, 3, 4), bleu)}
+    # Where no n-gram matches nltk takes the least float for its precision; the score is then 0.
+    scores = {f"BLEU-{n}": float(value) * (value > 1e-9) for n, value in zip((1, 2, 3, 4), bleu)}
     scores["ROUGE-L"] = float(Rouge().compute_score(human, generated)[0])
     scores["CIDEr"] = cider(*zip(*pairs)).mean().item()
     return scores

@@ -15,7 +15,8 @@ Departures from the original, and why:
 - Pictures come in batches with all their captions: one pass of the encoder instead of five.
 - The best checkpoint is chosen by the CIDEr of generated captions, then by their BLEU-4 and the validation loss; the
   original's BLEU-4 is of captions that were fed the true words, which says little about what the model writes itself.
-- The last, incomplete batch of an epoch is left out, so that batches do not depend on the number of processes.
+- The last, incomplete batch of an epoch is left out, so that batches do not depend on the number of processes; a set
+  of fewer pictures than a batch is one batch.
 - One tokenization makes the word map and uses it; the original counts the words of jieba's full mode and then encodes
   those of its exact mode. Pictures are in HDF5.
 - State dicts, not pickled modules: any version of the code can read them, and reading them runs none.

@@ -21,13 +21,14 @@ CAPTION_EM, LABEL_EM = 0.22, 0.18  # inches: a character of the caption, of a na
 PANEL = TILE * TILES_PER_ROW / 2  # the width of the picture, and of that with the regions
 COLOURS = "#e6194b", "#3cb44b", "#ffb000", "#4363d8", "#f58231", "#911eb4", "#00a6a6", "#f032e6"  # of things, in turn
 REGION = 0.5  # of the heat's maximum: where a thing's region ends
+EVERYWHERE = 0.7  # share of the picture from which on a region says nothing about where the thing is
 HEAT_SIDE = 128  # pixels per side of a heat map, which is stretched over the picture
 TEMPLATE = Path(__file__).parent / "images" / "template.html"
 
 
 def draw_attention(picture, words, alphas, positions, every_word=False):
-    """A figure of the picture, beside it where attention lay at the words that name things, and below it the attention
-    at each word that says something.
+    """A figure of the picture, beside it where attention lay at the words that name things, unless nearly everywhere,
+    and below it the attention at each word that says something, from 0 to its maximum.
 
     Args:
         picture (PIL.Image): RGB. words (list of str). alphas (float array (len(words), s, s)).
@@ -41,7 +42,8 @@ def draw_attention(picture, words, alphas, positions, every_word=False):
     heats = [weights @ alpha @ weights.T for alpha in alphas]
     kinds = [*map(kind_of, words)]
     colours = iter(COLOURS * len(words))
-    colours = [next(colours) if kind == "noun" else None for kind in kinds]
+    colours = [next(colours) if kind == "noun" and (heat > REGION * heat.max()).mean() < EVERYWHERE else None
+               for kind, heat in zip(kinds, heats)]
     tiles = [number for number, kind in enumerate(kinds) if every_word or kind != "function word"]
     tile_height = TILE * shape + WORD_HEIGHT
     width, tiles_top = 2 * PANEL, CAPTION_HEIGHT + PANEL * shape
@@ -56,7 +58,9 @@ def draw_attention(picture, words, alphas, positions, every_word=False):
         if colour:
             x, y = outline(axis, heat, colour, PANEL + GAP, CAPTION_HEIGHT + GAP, PANEL - 2 * GAP,
                            PANEL * shape - 2 * GAP)
-            label(axis, word, colour, x, y, labels)
+            half = width_of(word, LABEL_EM) / 2
+            x = min(max(x, PANEL + half), width - half)
+            label(axis, word, colour, x, max(y, CAPTION_HEIGHT + LABEL_EM), half, labels)
 
     gray = picture.convert("L")
     gray.thumbnail((256, 256))
@@ -66,7 +70,7 @@ def draw_attention(picture, words, alphas, positions, every_word=False):
                   color=colours[number] or "black")
         extent = (left + GAP, left + TILE - GAP, top + tile_height - GAP, top + WORD_HEIGHT + GAP)
         axis.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=extent)
-        axis.imshow(heats[number], cmap="jet", alpha=0.5, extent=extent)
+        axis.imshow(heats[number], cmap="jet", alpha=0.5, vmin=0, extent=extent)
     axis.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     axis.set_axis_off()
     return figure
@@ -74,8 +78,9 @@ def draw_attention(picture, words, alphas, positions, every_word=False):
 
 def write_caption(axis, words, colours, kinds, middle):
     """Write the words side by side, things in their colours, words that say nothing by themselves in gray."""
-    widths = [width_of(word, CAPTION_EM) for word in words]
-    size, left = 72 * CAPTION_EM, middle - sum(widths) / 2
+    em = min(CAPTION_EM, 2 * middle / max(width_of("".join(words), 1), 1))
+    widths = [width_of(word, em) for word in words]
+    size, left = 72 * em, middle - sum(widths) / 2
     for word, colour, kind, wide in zip(words, colours, kinds, widths):
         axis.text(left, CAPTION_HEIGHT / 2, word, font=FONT, size=size, va="center",
                   color=colour or ("#888888" if kind == "function word" else "black"))
@@ -100,9 +105,11 @@ def outline(axis, heat, colour, left, top, width, height):
     return x[column], y[row]
 
 
-def label(axis, word, colour, x, y, labels):
-    """Write a thing's name at (x, y), or below the names that are there already. Args: labels (list): of these."""
-    half = width_of(word, LABEL_EM) / 2
+def label(axis, word, colour, x, y, half, labels):
+    """Write a thing's name at (x, y), or below the names that are there already.
+
+    Args: half (float): of its width, inches. labels (list): of the names there are; grows.
+    """
     while any(abs(x - other_x) < half + other_half and abs(y - other_y) < 1.2 * LABEL_EM
               for other_x, other_y, other_half in labels):
         y += LABEL_EM / 4

@@ -279,5 +279,5 @@ def test_the_example_of_ones_own_captions_runs(tmp_path):
                           capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     for split, count in (("train", 2), ("valid", 1)):
-        with h5py.File(tmp_path / "data/mine" / f"{split}.h5") as file:
+        with h5py.File(tmp_path / "data/example" / f"{split}.h5") as file:
             assert len(file["images"]) == 1 and (file["caption_lengths"][0] > 0).sum() == count
