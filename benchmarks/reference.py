@@ -7,10 +7,13 @@ have the same names, so one state dict serves both.
 import torch
 import torch.nn.functional as F
 import torchvision
+from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
 from torch import nn
 
 from datasets import END, PAD, START, UNK
+from scores import join_words
 
 
 class Encoder(nn.Module):
@@ -152,6 +155,14 @@ def rewards(samples, references):
     K = len(samples) // len(human)
     return torch.stack([torch.from_numpy(Cider().compute_score(human, {
         i: [" ".join(map(str, samples[K * i + k]))] for i in human})[1]) for k in range(K)], dim=1)
+
+
+def score(hypotheses, references):
+    """pycocoevalcap's scores. Args: lists of words; lists of lists of words. Returns: dict: name -> float."""
+    human, generated = join_words(hypotheses, references)
+    bleu, _ = Bleu(4).compute_score(human, generated, verbose=0)
+    return {**{f"BLEU-{n}": value for n, value in enumerate(bleu, 1)},
+            "ROUGE-L": Rouge().compute_score(human, generated)[0], "CIDEr": Cider().compute_score(human, generated)[0]}
 
 
 def self_critical_loss(decoder, encoder_out, samples, rewards, word_map):

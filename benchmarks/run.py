@@ -1,6 +1,6 @@
 """Speed and memory of this repository against the naive implementation in reference.py, at equal results.
 
-    python benchmarks/run.py train                        # one group: preprocess, train, eval or scaling
+    python benchmarks/run.py train                        # one group: preprocess, train, score, eval or scaling
     python benchmarks/run.py all --json results.json      # `make bench`; about twenty minutes on two cores
     python benchmarks/run.py epoch                        # an epoch of AI Challenger on a GPU: training and validation
     python benchmarks/run.py scaling --plot scaling.png   # time and memory against batch, caption length, vocabulary
@@ -304,6 +304,24 @@ def preprocess_case(side, device, pictures=96, size=(1000, 700)):
     return write, outcome, 1
 
 
+def score_case(side, device, pictures=5000):
+    """BLEU-1 to 4, ROUGE-L and CIDEr-D of captions of 8 to 14 words with five references each, beside pycocoevalcap's.
+    """
+    rng, result = np.random.default_rng(0), {}
+    references, captions = [], []
+    for _ in range(pictures):  # of frequent words many, and of its own words some, as in a picture's captions
+        words = rng.zipf(1.3, (K + 1, 14)) % V
+        words[:, ::2] = np.where(rng.random((K + 1, 7)) < 0.7, words[0, ::2], words[:, ::2])
+        captions_of = [[f"w{word}" for word in row[:rng.integers(8, 15)]] for row in words]
+        captions.append(captions_of[0])
+        references.append(captions_of[1:])
+
+    def compute():
+        result.update(score(captions, references) if side == "product" else reference.score(captions, references))
+
+    return compute, lambda: dict(scores=result), 1
+
+
 CASES = {
     "preprocess": dict(preprocess=preprocess_case),
     "train": dict(train_decoder=train_case,
@@ -312,6 +330,7 @@ CASES = {
                   train_frozen_bf16=partial(train_case, start="pixels", precision="bfloat16"),
                   train_kept_features=partial(train_case, start="kept"),
                   train_self_critical=self_critical_case),
+    "score": dict(score=score_case),
     "eval": dict(eval_beam5_decode=partial(eval_case, start="features"), eval_beam5=partial(eval_case, start="pixels")),
 }
 TITLES = dict(train_decoder_as_written="models.py as written")
@@ -412,7 +431,8 @@ def compare(name, make, device, rounds):
         check(name, *(outcome for _, outcome in first.values()))
         warm_up = 1 if device.type == "cuda" else 0  # the second iteration records graphs
         seconds = [{side: ask(side, timed) for side in sides} for _ in range(warm_up + rounds)][warm_up:]
-        operations, traffic = ask("product", counted) if make is not preprocess_case else (0, 0)
+        has_products = make not in (preprocess_case, score_case)
+        operations, traffic = ask("product", counted) if has_products else (0, 0)
     return dict(seconds={side: [both[side] for both in seconds] for side in sides},
                 memory={side: peak for side, (peak, _) in first.items()}, operations=operations, bytes=traffic)
 
@@ -421,6 +441,9 @@ def check(name, expected, found):
     """Raise UserError unless both sides gave the same: exactly, or as nearly as the arithmetic allows."""
     if "captions" in expected:
         right, what = found == expected, "captions"
+    elif "scores" in expected:
+        difference = max(abs(found["scores"][name] - value) for name, value in expected["scores"].items())
+        right, what = difference < 1e-6, f"scores by {difference:.1e}"
     elif "pixels" in expected:
         difference = np.abs(found["pixels"].astype(np.float32) - expected["pixels"]).mean()
         right, what = difference < 1, f"pixels: {difference:.2f} grey levels apart on average"
