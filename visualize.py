@@ -59,7 +59,7 @@ def draw_attention(picture, words, alphas, positions, every_word=False):
             x, y = outline(axis, heat, colour, PANEL + GAP, CAPTION_HEIGHT + GAP, PANEL - 2 * GAP,
                            PANEL * shape - 2 * GAP)
             half = width_of(word, LABEL_EM) / 2
-            x = min(max(x, PANEL + half), width - half)
+            x = min(max(x, PANEL + GAP + half), width - GAP - half)
             label(axis, word, colour, x, max(y, CAPTION_HEIGHT + LABEL_EM), half, labels)
 
     gray = picture.convert("L")
