@@ -154,7 +154,7 @@ def test_no_parameter_loses_its_gradient_to_the_samples_in_bfloat16(tiny_flags):
     """autocast keeps casts of the weights; those made while sampling have no gradient."""
     gradients = {}
     for precision in ("float32", "bfloat16"):
-        encoder, decoder, _, _, _, loader, config, *_ = epoch_of(
+        encoder, decoder, _, _, _, _, loader, config, *_ = epoch_of(
             [*tiny_flags, "--self_critical", "true", "--precision", precision, "--fine_tune_encoder", "true"])
         objective = train.SelfCritical(decoder, loader.dataset, config, load_word_map(config.data_dir), CPU)
         images, captions, lengths, _ = next(iter(loader))
