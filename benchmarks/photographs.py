@@ -11,6 +11,7 @@ are those of the published valid (here test_a) and, where FOLDER has it, of the 
 """
 import collections
 import json
+import math
 import os
 import random
 import re
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # where the scripts are
 
 import fast  # noqa: E402
-from checkpoint import open_checkpoint  # noqa: E402
+from checkpoint import BEST_CHECKPOINT, CHECKPOINT, load_checkpoint, open_checkpoint, save_checkpoint  # noqa: E402
 from config import new_parser, parse_args  # noqa: E402
 from data import flickr8k_cn  # noqa: E402
 from datasets import START, CaptionDataset, kind_of, make_loader  # noqa: E402
@@ -59,8 +60,7 @@ class Row(NamedTuple):
     seeds: int = 1
 
 
-REGULARISED = dict(label_smoothing=0.1, embedding_dropout=0.3, mirror="true", ema_decay=0.998, length_penalty=1,
-                   epochs=10)
+REGULARISED = dict(label_smoothing=0.1, embedding_dropout=0.3, mirror="true", ema_decay=0.998, length_penalty=1)
 ROWS = {
     "baseline": Row(beams=(1, 3, 5), seeds=3),
     "length_penalty 1": Row(dict(length_penalty=1), of="baseline", beams=(3, 5), seeds=3),
@@ -80,9 +80,12 @@ ROWS = {
     "batch_size 64": Row(dict(batch_size=64)),
     "14 x 14 pixels": Row(dict(encoded_image_size=14)),
     "ema_decay 0.998": Row(dict(ema_decay=0.998)),
-    "regularised": Row(REGULARISED, beams=(1, 3, 5), seeds=3),
-    "self-critical": Row({**REGULARISED, "self_critical": "true", "epochs": 4}, after="regularised", beams=(1, 3, 5),
-                         seeds=3),
+    "regularised": Row(REGULARISED, ("grid_dropout",), beams=(1, 3, 5), seeds=3),
+    "self-critical": Row({**REGULARISED, "self_critical": "true", "ema_decay": 0.999, "epochs": 6}, ("grid_dropout",),
+                         "regularised", beams=(1, 3, 5), seeds=3),
+    "fine-tuned": Row({**REGULARISED, "fine_tune_encoder": "true", "cache_features": "false", "mirror": "false",
+                       "encoder_lr": 1e-4, "decoder_lr": 2e-4, "ema_decay": 0.99, "epochs": 11},
+                      ("grid_dropout", "augmentation", "last_stages"), "regularised"),
 }
 EXPLAINED = "baseline", "alpha_c 0", "alpha_c 0.1", "regularised", "self-critical"
 TAKEN_OUT, DRAWS = 0.1, 4  # share of the cells; draws of random ones
@@ -146,20 +149,29 @@ def train_and_score(name, seed, data):
     if not todo:
         return
     print(f"--- {name}, seed {seed}", flush=True)
-    code, best = copy_of_code(name, seed), run_folder(row.of or name, seed) / "BEST_checkpoint.pth.tar"
+    code, best = copy_of_code(name, seed), run_folder(row.of or name, seed) / BEST_CHECKPOINT
     folder.mkdir(parents=True, exist_ok=True)
     if not row.of:
         flags = {**RECIPE, **row.flags, "seed": seed, "data_dir": data, "model_dir": folder,
                  "log_dir": LOGS / folder.name}
-        if row.after and not (folder / "checkpoint.pth.tar").exists():
-            for checkpoint in ("BEST_checkpoint.pth.tar", "checkpoint.pth.tar"):  # the latter shows that it is whole
-                shutil.copy(run_folder(row.after, seed) / checkpoint, folder)
-        resume = ["--resume"] if (folder / "checkpoint.pth.tar").exists() else []
+        if row.after and not (folder / CHECKPOINT).exists():
+            continue_from(run_folder(row.after, seed) / BEST_CHECKPOINT, folder, "self_critical" in row.flags)
+        resume = ["--resume"] if (folder / CHECKPOINT).exists() else []
         execute(["train.py", *as_arguments(flags), *resume], code)
     for split, beam in todo:
         execute(["eval.py", "--checkpoint", best, "--data_dir", data, "--split", split, "--beam_size", beam,
                  "--results", results_file(name, seed, split, beam),
                  *(as_arguments(row.flags) if row.of else [])], code)
+
+
+def continue_from(path, folder, is_self_critical):
+    """Let a run begin from a checkpoint, with a best score of its own, as self-critical training has anyway: that of
+    the run before is partly luck."""
+    checkpoint = load_checkpoint(path)
+    if not is_self_critical:
+        checkpoint["progress"]["best"] = [-math.inf] * 3
+    for name in (BEST_CHECKPOINT, CHECKPOINT):  # the latter shows that both are whole
+        save_checkpoint(checkpoint, folder / name)
 
 
 def copy_of_code(name, seed):
@@ -254,7 +266,7 @@ def faithfulness(argv):
     args = parser.parse_args(argv)
     found = {}
     for name in EXPLAINED:
-        out, best = (run_folder(name, 0) / file for file in ("faithfulness.json", "BEST_checkpoint.pth.tar"))
+        out, best = (run_folder(name, 0) / file for file in ("faithfulness.json", BEST_CHECKPOINT))
         if not best.exists():
             print(f"{name}: not trained yet")
             continue
@@ -262,7 +274,7 @@ def faithfulness(argv):
             execute(["benchmarks/photographs.py", "measure", "--checkpoint", best, "--data_dir", DATA / "256",
                      "--split", "test_a", "--json", out], copy_of_code(name, 0))
         found[name] = json.loads(out.read_text(encoding="utf-8"))
-    sample = ROOT / "models" / "sample" / "BEST_checkpoint.pth.tar"
+    sample = ROOT / "models" / "sample" / BEST_CHECKPOINT
     if sample.exists():
         out = sample.with_name("faithfulness.json")
         execute([__file__, "measure", "--checkpoint", sample, "--split", "test_a", "--json", out], ROOT)
