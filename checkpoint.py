@@ -65,7 +65,7 @@ def load_checkpoint(path):
 
 def read_checkpoint(path):
     if not path.is_file():
-        here, presets = (path.parent.glob(pattern) for pattern in ("*.pth.tar", "*/BEST_checkpoint.pth.tar"))
+        here, presets = (path.parent.glob(pattern) for pattern in ("*.pth.tar", f"*/{BEST_CHECKPOINT}"))
         other = min(here, default=min(presets, default=Path("FILE")))
         found = f"name one to eval.py or demo.py: --checkpoint {shlex.quote(str(other))}"
         if other.name.endswith("_.pth.tar"):  # as the original names its own

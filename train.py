@@ -267,14 +267,15 @@ def parallel(module, world_size):
 def start_line(config, encoder, optimizers, device, world_size, words, progress, train_loader, valid_loader):
     """Data, model, where it runs, the rates in force, the log. Returns: str; more lines where something of that is
     not what the user would expect."""
+    dtype = str(precision(config, device)).removeprefix("torch.")
     line = (f"{len(train_loader.dataset)} training and {len(valid_loader.dataset)} validation pictures, {words} words; "
             f"{config.encoder} ({config.encoder_weights}), {device} x {world_size}, "
-            f"{str(precision(config, device)).removeprefix('torch.')}; rates: "
+            f"{dtype}; rates: "
             + ", ".join(f"{name} {rate:g}" for name, rate in rates(optimizers).items())
             + ("" if config.fine_tune_encoder else ", encoder frozen")
             + f"; log: {Path(config.log_dir) / progress.run}"
             + (f"; resuming at epoch {progress.epoch + 1}, batch {progress.batch + 1}" if progress.step else ""))
-    if config.precision not in ("auto", str(precision(config, device)).removeprefix("torch.")):
+    if config.precision not in ("auto", dtype):
         line += f"\nwarning: this {device.type} device would only imitate {config.precision}, so float32 is used"
     # Batch norms count the batches that they were trained on.
     is_random = not any(count > 0 for name, count in encoder.named_buffers() if name.endswith("num_batches_tracked"))
@@ -529,7 +530,7 @@ def train_one_epoch(encoder, decoder, objective, optimizers, scaler, averages, l
         averages.update(progress.step)
 
         if scaler.is_enabled():
-            terms = with_skipped_steps(terms, norm, numbers[[*counts].index("images")])
+            terms = with_skipped_steps(terms, norm, counts["images"])
         recent.add({name: term.sum.detach() for name, term in terms.items()} | dict(zip(counts, numbers)))
         unread.append((number, rows, loss.detach()))
         seconds = {name: seconds.get(name, 0.0) + value for name, value in spent.items()}
@@ -695,8 +696,8 @@ def check_finite(unread, weights, scaler, progress, dataset):
     if scaler.is_enabled() and scaler.get_scale() < 1:
         raise UserError(f"float16 cannot hold loss and gradient at epoch {progress.epoch + 1}, step {unread[-1][0]}, "
                         f"however they are scaled; the last checkpoint is kept: --resume --precision float32")
-    faults = [(number, rows, f"the loss became {loss.item()}") for number, rows, loss in unread
-              if not loss.isfinite() and not scaler.is_enabled()]
+    faults = [] if scaler.is_enabled() else [
+        (number, rows, f"the loss became {loss.item()}") for number, rows, loss in unread if not loss.isfinite()]
     if not faults and not are_finite(weights):
         faults = [(*unread[-1][:2], "the weights became NaN or infinite")]
     for number, rows, what in faults:

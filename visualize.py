@@ -58,9 +58,7 @@ def draw_attention(picture, words, alphas, positions, every_word=False):
         if colour:
             x, y = outline(axis, heat, colour, PANEL + GAP, CAPTION_HEIGHT + GAP, PANEL - 2 * GAP,
                            PANEL * shape - 2 * GAP)
-            half = width_of(word, LABEL_EM) / 2
-            x = min(max(x, PANEL + GAP + half), width - GAP - half)
-            label(axis, word, colour, x, max(y, CAPTION_HEIGHT + LABEL_EM), half, labels)
+            label(axis, word, colour, x, y, labels)
 
     gray = picture.convert("L")
     gray.thumbnail((256, 256))
@@ -78,8 +76,8 @@ def draw_attention(picture, words, alphas, positions, every_word=False):
 
 def write_caption(axis, words, colours, kinds, middle):
     """Write the words side by side, things in their colours, words that say nothing by themselves in gray."""
-    em = min(CAPTION_EM, 2 * middle / max(width_of("".join(words), 1), 1))
-    widths = [width_of(word, em) for word in words]
+    em = min(CAPTION_EM, 2 * middle / max(ems("".join(words)), 1))
+    widths = [em * ems(word) for word in words]
     size, left = 72 * em, middle - sum(widths) / 2
     for word, colour, kind, wide in zip(words, colours, kinds, widths):
         axis.text(left, CAPTION_HEIGHT / 2, word, font=FONT, size=size, va="center",
@@ -89,9 +87,9 @@ def write_caption(axis, words, colours, kinds, middle):
         axis.text(middle, CAPTION_HEIGHT / 2, "（空）", font=FONT, size=size, ha="center", va="center")
 
 
-def width_of(word, em):
-    """Of a word of FONT, about, in the unit of em, a Chinese character's width."""
-    return em * sum(1 if ord(character) > 0x2e7f else 0.6 for character in word)
+def ems(word):
+    """How wide a word is in FONT, about, in Chinese characters."""
+    return sum(1 if ord(character) > 0x2e7f else 0.6 for character in word)
 
 
 def outline(axis, heat, colour, left, top, width, height):
@@ -105,11 +103,13 @@ def outline(axis, heat, colour, left, top, width, height):
     return x[column], y[row]
 
 
-def label(axis, word, colour, x, y, half, labels):
-    """Write a thing's name at (x, y), or below the names that are there already.
+def label(axis, word, colour, x, y, labels):
+    """Write a thing's name at (x, y), but inside the right panel, and below the names that are there already.
 
-    Args: half (float): of its width, inches. labels (list): of the names there are; grows.
+    Args: labels (list): of these; grows.
     """
+    half = LABEL_EM * ems(word) / 2
+    x, y = min(max(x, PANEL + GAP + half), 2 * PANEL - GAP - half), max(y, CAPTION_HEIGHT + LABEL_EM)
     while any(abs(x - other_x) < half + other_half and abs(y - other_y) < 1.2 * LABEL_EM
               for other_x, other_y, other_half in labels):
         y += LABEL_EM / 4

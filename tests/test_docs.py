@@ -1,7 +1,7 @@
 """The pages: every command in them parses, both languages give the same commands, every link leads somewhere."""
 import argparse
-import importlib
 import re
+import runpy
 import shlex
 from pathlib import Path
 from unittest import mock
@@ -24,22 +24,12 @@ def commands(page):
     found, text = [], (ROOT / page).read_text(encoding="utf-8")
     for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         variables = dict(re.findall(r'^(\w+)="(.*?)"$', block, re.MULTILINE | re.DOTALL))
-        block = re.sub(r'^\w+=".*?"$', "", block, flags=re.MULTILINE | re.DOTALL).replace("\\\n", " ")
+        block = re.sub(r'^\w+=".*?"$', "", block, flags=re.MULTILINE | re.DOTALL)
         for name, value in variables.items():
-            block = block.replace(f"${name} ", f"{value} ").replace(f"${name}\n", f"{value}\n")
-        for line in block.splitlines():
-            words = shlex.split(line.replace("\n", " "), comments=True)
-            while "&&" in words:
-                found.append(words[:words.index("&&")])
-                words = words[words.index("&&") + 1:]
-            found.append(words)
+            block = re.sub(rf"\${name}\b", " ".join(value.split()), block)
+        lines = block.replace("\\\n", " ").replace(" && ", "\n").splitlines()
+        found += [shlex.split(line, comments=True) for line in lines]
     return [command for command in found if command]
-
-
-def main_of(path):
-    """The main function of a script of this repository, Path within it."""
-    return importlib.import_module(".".join(path.with_suffix("").parts) if path.parts[0] != "models"
-                                   else path.stem).main
 
 
 def parse(path, flags):
@@ -53,15 +43,14 @@ def parse(path, flags):
             get_config(found.preset, {name: value for name, value in vars(found).items() if name in vars(get_config())})
         raise Parsed
 
-    main = main_of(path)
+    main = runpy.run_path(str(ROOT / path))["main"]
     with mock.patch("argparse.ArgumentParser.parse_known_args", once), mock.patch("sys.argv", [str(path), *flags]), \
             mock.patch("train.build_models"), mock.patch("checkpoint.build_models"), pytest.raises(Parsed):
         main()  # study.py reference changes build_models
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_the_commands_of_a_page_parse(page, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "models")
+def test_the_commands_of_a_page_parse(page):
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for command in commands(page):
         if command[0] == "make":

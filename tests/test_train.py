@@ -59,6 +59,12 @@ def read_log(folder):
                    if not tag.endswith("images_per_s")}
 
 
+def put_aside(folder):
+    """Rename what a run has left, so that another can begin there."""
+    for name in ("models", "logs"):
+        (folder / name).rename(folder / f"{name} of the first run")
+
+
 def last_checkpoint(folder):
     return load_checkpoint(folder / "models" / "checkpoint.pth.tar")
 
@@ -97,8 +103,7 @@ def test_what_a_run_leaves_behind(tiny, tiny_flags, tmp_path):
 def test_models_py_as_written_trains_the_same(run, tmp_path):
     assert "as written (--fast false)" in run("--fast", "false", "--epochs", 1)
     written = read_log(tmp_path)[0]
-    for name in ("models", "logs"):
-        (tmp_path / name).rename(tmp_path / f"{name} as written")
+    put_aside(tmp_path)
     run("--epochs", 1)
     for part in ("train", "valid"):
         assert read_log(tmp_path)[0][0][part] == pytest.approx(written[0][part], rel=1e-3)
@@ -377,8 +382,7 @@ def test_float16_trains_as_float32_does(run_float16, run, tmp_path):
     run_float16("--epochs", 1, "--fine_tune_encoder", "true")
     (_, scalars), log = read_log(tmp_path), read_log(tmp_path)[0][0]
     assert log["train"]["skipped_steps"] == 0 and scalars["train/loss_scale"] == [2.0 ** 16]
-    for name in ("models", "logs"):
-        (tmp_path / name).rename(tmp_path / f"{name} in float16")
+    put_aside(tmp_path)
     run("--epochs", 1, "--fine_tune_encoder", "true")
     for part in ("train", "valid"):
         assert log[part]["loss"] == pytest.approx(read_log(tmp_path)[0][0][part]["loss"], rel=5e-3)
@@ -391,8 +395,7 @@ def test_a_step_that_overflows_float16_is_skipped_and_a_resumed_run_is_exact(run
     whole, log = last_checkpoint(tmp_path), read_log(tmp_path)[0]
     assert log[0]["train"]["skipped_steps"] == pytest.approx(1 / 3) and log[1]["train"]["skipped_steps"] == 0
     assert whole["progress"]["scaler"]["scale"] == 2.0 ** 15 and math.isfinite(log[0]["train"]["loss"])
-    for name in ("models", "logs"):
-        (tmp_path / name).rename(tmp_path / f"{name} of the whole")
+    put_aside(tmp_path)
     with monkeypatch.context() as patch:
         spoil_gradient(patch, 2, "fc.weight")
         stop_during(patch, 2)
