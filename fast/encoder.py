@@ -1,9 +1,11 @@
-"""A frozen encoder, faster: batch norms folded into the convolutions, cuDNN's fused kernels, a CUDA graph."""
+"""A frozen encoder, faster: batch norms folded into the convolutions, cuDNN's fused kernels."""
 import copy
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from fast.graphs import Recorded
 
 
 class FoldedEncoder(nn.Module):
@@ -80,22 +82,21 @@ def convolve(convolution, x, added=None):
 
 
 class Replayed(nn.Module):
-    """A module without gradients as a CUDA graph, whose kernels are started all at once, for inputs of one shape."""
+    """A module without gradients as a CUDA graph, for inputs of the first one's shape; others run as they are."""
 
     def __init__(self, module):
         super().__init__()
-        self.module, self.graph = module, None
+        self.module, self.input, self.run = module, None, Recorded(self.fill_output)
+
+    def fill_output(self):
+        self.output = self.module(self.input)
 
     @torch.no_grad()
     def forward(self, x):
-        if self.graph is None:
-            self.input, self.graph = x.clone(), torch.cuda.CUDAGraph()
-            self.module(x)  # what cuDNN sets up at its first call must not be recorded
-            # Other threads, which copy the next batches, may run meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.output = self.module(self.input)
+        if self.input is None:
+            self.input = torch.empty_like(x)
         if x.shape != self.input.shape:
             return self.module(x)
         self.input.copy_(x)
-        self.graph.replay()
-        return self.output.clone()  # the graph's own buffer is overwritten by the next call
+        self.run()
+        return self.output.clone()

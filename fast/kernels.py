@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from fast.graphs import Recorded
+
 
 def are_usable(grid, pool):
     """Whether the kernels can run: on a GPU, where a caption's attention fits into registers."""
@@ -71,9 +73,10 @@ def step(grid, pool, keys, energy_weight, weights, word_input, h, c, lengths, t,
     """
     h_weight, h_bias, context_weight = weights
     (B, P, A), (G, D), (N, H) = keys.shape, grid.shape[1:], h.shape
+    PP, GG = triton.next_power_of_2(P), triton.next_power_of_2(G)
     torch.addmm(h_bias, h, h_weight.T, out=out.pre)
     attend[(N,)](out.pre, grid, pool, keys, energy_weight, lengths, t, out.alpha, out.cells, out.context, N // B, A, D,
-                 H, P, G, *tile_sizes(P, G, 16), num_warps=4)
+                 H, P, G, PP, GG, max(4096 // PP, 4), max(4096 // GG, 4), max(8192 // GG, 16), num_warps=4)
     gates = torch.addmm(word_input, out.context, context_weight.T)
     cell[(N,)](out.pre, gates, c, lengths, t, out.gates, out.h, out.c, A + D, H, triton.next_power_of_2(H))
 
@@ -95,7 +98,6 @@ class Loop:
         self.grad_pre, self.grad_energy = torch.empty_like(self.steps.pre), torch.empty_like(self.steps.alpha)
         self.grad_h, self.grad_alpha = torch.empty_like(self.steps.h), torch.empty_like(self.steps.alpha)
         self.grad_cells = torch.empty_like(self.steps.cells)
-        self.grad_raw = torch.empty_like(self.steps.context)  # of the context before its gate
         self.later_h, self.later_c = (torch.empty_like(x) for x in self.inputs[4:6])  # what later steps hand back
         self.graphs, self.is_busy = {}, False  # busy: until its backward pass has run
 
@@ -114,32 +116,27 @@ class Loop:
     def backward(self, T):
         grid, pool, keys, energy_weight, _, c, _, h_weight, _, context_weight, lengths = self.inputs
         (B, P, A), (G, D), (N, H) = keys.shape, grid.shape[1:], c.shape
+        PP, GG = triton.next_power_of_2(P), triton.next_power_of_2(G)
         self.later_h.zero_()
         self.later_c.zero_()
         for t in reversed(range(T)):
             pre, alpha, _, context, gates, _, c_now = self.rows(t, self.steps)
-            grad_pre, grad_h, grad_alpha, grad_energy, grad_cells, grad_raw = self.rows(t, (
-                self.grad_pre, self.grad_h, self.grad_alpha, self.grad_energy, self.grad_cells, self.grad_raw))
+            grad_pre, grad_h, grad_alpha, grad_energy, grad_cells = self.rows(t, (
+                self.grad_pre, self.grad_h, self.grad_alpha, self.grad_energy, self.grad_cells))
             c_before = self.rows(t - 1, [self.steps.c])[0] if t else c
             cell_gradient[(N,)](grad_h, self.later_h, self.later_c, gates, c_now, c_before, lengths, t, grad_pre, A + D,
                                 H, triton.next_power_of_2(H))
             grad_context = grad_pre[:, A + D:] @ context_weight
             attend_gradient[(N,)](grad_context, grad_alpha, pre, grid, pool, keys, energy_weight, lengths, t, alpha,
-                                  context, grad_pre, grad_energy, grad_cells, grad_raw, N // B, A, D, H, P, G,
-                                  *tile_sizes(P, G, 64), num_warps=4)
+                                  context, grad_pre, grad_energy, grad_cells, N // B, A, D, H, P, G, PP, GG,
+                                  max(16384 // PP, 4), max(8192 // GG, 16), max(4096 // PP, 4), num_warps=4)
             torch.mm(grad_pre, h_weight, out=self.later_h)
 
     def run(self, what, T):
-        """Run forward or backward: eagerly the first time, from then on as a CUDA graph."""
+        """Args: what (str): forward or backward. T (int): steps."""
         if (what, T) not in self.graphs:
-            self.graphs[what, T] = None
-            return getattr(self, what)(T)
-        if not self.graphs[what, T]:
-            self.graphs[what, T] = torch.cuda.CUDAGraph()
-            # Other threads, which copy the next batches, may run meanwhile.
-            with torch.cuda.graph(self.graphs[what, T], capture_error_mode="thread_local"):
-                getattr(self, what)(T)
-        self.graphs[what, T].replay()
+            self.graphs[what, T] = Recorded(functools.partial(getattr(self, what), T))
+        self.graphs[what, T]()
 
 
 loops = {}  # the loop of the last shapes
@@ -185,7 +182,7 @@ class TimeLoop(torch.autograd.Function):
         loop, T, ctx.loop = ctx.loop, ctx.T, None
         if loop is None:
             raise RuntimeError("the backward pass of a fused time loop can run once")
-        grid, _, keys, energy_weight, h, *_, lengths = loop.inputs
+        grid, _, keys, energy_weight, h, *_, context_weight, lengths = loop.inputs
         (B, P, A), D, (N, H) = keys.shape, grid.shape[2], h.shape
         loop.grad_h[:T * N].view(T, N, H).copy_(grad_h)
         loop.grad_alpha[:T * N].view(T, N, P).copy_(grad_alpha)
@@ -197,13 +194,13 @@ class TimeLoop(torch.autograd.Function):
         keys_gradient[(B, parts, triton.cdiv(A, KEYS))](
             loop.grad_energy, loop.steps.pre, keys, energy_weight, lengths, grad_keys, grad_energy_weight, N, N // B, A,
             A + D + 4 * H, P, KEYS)
-        grad_grid = None
-        if ctx.needs_input_grad[0]:  # of each picture, the sum over its captions and their steps
-            cells, raw = (x[rows].view(T, B, N // B, -1).transpose(0, 1).flatten(1, 2)
-                          for x in (loop.steps.cells, loop.grad_raw))
-            grad_grid = cells.to(raw).transpose(1, 2) @ raw
         grad_pre, h_before = loop.grad_pre[rows], torch.cat([h, loop.steps.h[:(T - 1) * N]])
-        grad_gates = grad_pre[:, A + D:]
+        grad_gates, grad_grid = grad_pre[:, A + D:], None
+        if ctx.needs_input_grad[0]:  # of each picture, the sum over its captions and their steps
+            ungated = grad_gates @ context_weight * torch.sigmoid(loop.steps.pre[rows, A:A + D])
+            cells, ungated = (x.view(T, B, N // B, -1).transpose(0, 1).flatten(1, 2)
+                              for x in (loop.steps.cells[rows], ungated))
+            grad_grid = cells.to(ungated).transpose(1, 2) @ ungated
         grads = (grad_grid, None, grad_keys, grad_energy_weight.sum(dim=(0, 1)), grad_keys.new_zeros(1),
                  loop.later_h.clone(), loop.later_c.clone(), grad_gates.reshape(T, N, 4 * H), grad_pre.T @ h_before,
                  grad_pre.sum(dim=0, dtype=torch.float32), grad_gates.T @ loop.steps.context[rows], None, None)
@@ -212,24 +209,16 @@ class TimeLoop(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels; Triton's program is CUDA's thread block
+# Kernels; Triton's program is CUDA's thread block. PP and GG are powers of two that hold P and G; PART_A to PART_G are
+# the sizes of tiles along A, P, D and G, the fastest of those tried on an H100.
 
 KEYS = 64  # pixels, and units of the attention, in a program of keys_gradient
 
 
-def tile_sizes(P, G, part_a):
-    """The powers of two that hold P and G, and the tile sizes along A, P, D and G.
-
-    part_a: along A where P is 196. These sizes were the fastest of those tried on an H100.
-    """
-    PP, GG = triton.next_power_of_2(P), triton.next_power_of_2(G)
-    return PP, GG, max(256 * part_a // PP, 4), max(4096 // GG, 4), max(8192 // GG, 16), max(4096 // PP, 4)
-
-
 @triton.jit(do_not_specialize=("t",))
 def attend(pre, grid, pool, keys, energy_weight, lengths, t, alpha, cells, context, K: tl.constexpr, A: tl.constexpr,
-           D: tl.constexpr, H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, PP: tl.constexpr,
-           GG: tl.constexpr, PART_A: tl.constexpr, PART_P: tl.constexpr, PART_D: tl.constexpr, PART_G: tl.constexpr):
+           D: tl.constexpr, H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, PP: tl.constexpr, GG: tl.constexpr,
+           PART_A: tl.constexpr, PART_P: tl.constexpr, PART_D: tl.constexpr):
     """One program per caption: pre -> alpha, cells, context."""
     n = tl.program_id(0).to(tl.int64)
     b = n // K
@@ -272,10 +261,10 @@ def attend(pre, grid, pool, keys, energy_weight, lengths, t, alpha, cells, conte
 
 @triton.jit(do_not_specialize=("t",))
 def attend_gradient(grad_context, grad_alpha, pre, grid, pool, keys, energy_weight, lengths, t, alpha, context,
-                    grad_pre, grad_energy, grad_cells, grad_raw, K: tl.constexpr, A: tl.constexpr, D: tl.constexpr,
+                    grad_pre, grad_energy, grad_cells, K: tl.constexpr, A: tl.constexpr, D: tl.constexpr,
                     H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, PP: tl.constexpr, GG: tl.constexpr,
-                    PART_A: tl.constexpr, PART_P: tl.constexpr, PART_D: tl.constexpr, PART_G: tl.constexpr):
-    """One program per caption: the gradients of context and alpha -> those of query, beta, energies, raw context."""
+                    PART_A: tl.constexpr, PART_D: tl.constexpr, PART_G: tl.constexpr):
+    """One program per caption: the gradients of context and alpha -> those of query, beta and energies."""
     n = tl.program_id(0).to(tl.int64)
     b = n // K
     pre += n * (A + D + 4 * H)
@@ -286,7 +275,6 @@ def attend_gradient(grad_context, grad_alpha, pre, grid, pool, keys, energy_weig
         for start in range(0, D, PART_D):
             d = start + tl.arange(0, PART_D)
             tl.store(grad_pre + A + d, tl.zeros([PART_D], tl.float32), d < D)
-            tl.store(grad_raw + n * D + d, tl.zeros([PART_D], tl.float32), d < D)
         for start in range(0, A, PART_A):
             a = start + tl.arange(0, PART_A)
             tl.store(grad_pre + a, tl.zeros([PART_A], tl.float32), a < A)
@@ -299,7 +287,6 @@ def attend_gradient(grad_context, grad_alpha, pre, grid, pool, keys, energy_weig
         beta = tl.sigmoid(tl.load(pre + A + d, d < D, 0).to(tl.float32))
         value = tl.load(context + n * D + d, d < D, 0).to(tl.float32)
         tl.store(grad_pre + A + d, grad * value * (1 - beta), d < D)
-        tl.store(grad_raw + n * D + d, grad * beta, d < D)
         cell_values = tl.load(grid + b * G * D + g[:, None] * D + d, (g[:, None] < G) & (d < D), 0).to(tl.float32)
         on_cells += cell_values * (grad * beta)
     tl.store(grad_cells + n * G + g, tl.sum(on_cells, axis=1), g < G)
