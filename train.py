@@ -25,7 +25,7 @@ import math
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,8 +124,13 @@ def main():
     pause = Pause(config.checkpoint_minutes, save)
     while (progress.epoch - progress.began < config.epochs
            and progress.epochs_since_improvement < config.early_stop_epochs):
-        training = train_one_epoch(runs.training_encoder, train_decoder, objective, optimizers, scaler, averages,
-                                   train_loader, config, progress, recent, log, pause)
+        training = None
+        with suppress(torch.OutOfMemoryError):
+            training = train_one_epoch(runs.training_encoder, train_decoder, objective, optimizers, scaler, averages,
+                                       train_loader, config, progress, recent, log, pause)
+        if training is None:  # here nothing holds that step's tensors any more
+            raise UserError(out_of_memory(runs.training_encoder, runs.decoder, objective, train_loader, config,
+                                          progress.step, world_size))
         with averages.in_place(True):
             validation, captions = validate(runs.encoder, runs.decoder, valid_loader, config, word_map, pause)
         pause()
@@ -560,6 +565,22 @@ def train_one_epoch(encoder, decoder, objective, optimizers, scaler, averages, l
                 log.reading(progress.reading, progress.step)
         pause()
     return means(progress.sums, progress.terms, progress.seconds)
+
+
+def out_of_memory(encoder, decoder, objective, loader, config, step, world_size):
+    """What to do about a batch that exceeds the GPU's memory. Args: of train_one_epoch, not wrapped. Returns: str."""
+    images, captions, lengths, _ = next(iter(loader))
+    device, size, fits = next(decoder.parameters()).device, len(images), False
+    while size > 1 and not fits and world_size == 1:
+        size //= 2
+        with suppress(torch.OutOfMemoryError), mixed_precision(config, device):
+            terms, _, _ = objective(encoder, decoder, to_device(images[:size], device),
+                                    to_device(captions[:size], device), lengths[:size], config, step)
+            sum(term.weight * term.sum for term in terms.values() if term.weight).backward()
+            fits = True
+    advice = f"a batch of {size} fits: --batch_size {size}" if fits else "give a smaller one"
+    return (f"out of memory on {device} with --batch_size {config.batch_size}, {captions.shape[1]} captions per picture"
+            f": {advice}, and --resume where there is a checkpoint")
 
 
 @torch.no_grad()

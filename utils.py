@@ -29,6 +29,10 @@ def run(main):
     except UserError as error:
         print("error:", *str(error).splitlines(), file=sys.stderr)  # one, whatever names and reasons are in it
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print("error: out of memory: give a smaller --batch_size or --beam_size;", *str(error).splitlines()[:1],
+              file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         if error.filename is None:
             raise
