@@ -517,23 +517,10 @@ def train_one_epoch(encoder, decoder, objective, optimizers, scaler, averages, l
         total = dict(zip(counts, sum_over_processes(numbers.clone()).clamp(min=1)))
         # The gradients of all processes are averaged, but these are parts of one sum.
         loss = world_size * sum(term.weight * term.sum / total[term.per] for term in terms.values() if term.weight)
-        for optimizer in optimizers.values():
-            optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        for optimizer in optimizers.values():
-            scaler.unscale_(optimizer)
-
         number = progress.batch + 1
         is_read = number % config.print_freq == 0 or number == steps
-        if is_read or scaler.is_enabled():
-            norm = torch.nn.utils.get_total_norm(p.grad for p in parameters(optimizers) if p.grad is not None)
-        if clip := config.self_critical_clip if config.self_critical else config.grad_clip:
-            torch.nn.utils.clip_grad_value_(parameters(optimizers), clip)
-        for optimizer in optimizers.values():
-            scaler.step(optimizer)
-        scaler.update()
+        norm = update(loss, optimizers, scaler, config, is_read)
         averages.update(progress.step)
-
         if scaler.is_enabled():
             terms = with_skipped_steps(terms, norm, counts["images"])
         recent.add({name: term.sum.detach() for name, term in terms.items()} | dict(zip(counts, numbers)))
@@ -565,6 +552,28 @@ def train_one_epoch(encoder, decoder, objective, optimizers, scaler, averages, l
                 log.reading(progress.reading, progress.step)
         pause()
     return means(progress.sums, progress.terms, progress.seconds)
+
+
+def update(loss, optimizers, scaler, config, is_read):
+    """One step against the gradient of the loss, clipped.
+
+    Args: loss: 0-dim. optimizers (dict). scaler (GradScaler). config (Config). is_read (bool): whether the norm is.
+    Returns: norm of the gradient before clipping, 0-dim; None where neither a reading nor float16 needs it.
+    """
+    for optimizer in optimizers.values():
+        optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    for optimizer in optimizers.values():
+        scaler.unscale_(optimizer)
+    norm = None
+    if is_read or scaler.is_enabled():
+        norm = torch.nn.utils.get_total_norm(p.grad for p in parameters(optimizers) if p.grad is not None)
+    if clip := config.self_critical_clip if config.self_critical else config.grad_clip:
+        torch.nn.utils.clip_grad_value_(parameters(optimizers), clip)
+    for optimizer in optimizers.values():
+        scaler.step(optimizer)
+    scaler.update()
+    return norm
 
 
 def out_of_memory(encoder, decoder, objective, loader, config, step, world_size):
