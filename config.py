@@ -25,6 +25,7 @@ class Config:
     # model
     encoder: str = "resnet101"  # a network that backbone() in models.py knows: resnet18, 34, 50, 101 or 152
     encoder_weights: str = "imagenet"  # imagenet (torchvision's), none (random), or the path of a state dict
+    encoder_stride: int = 32  # pixels per cell of the encoder's map: 32, 16 (without layer4) or 8 (nor layer3)
     encoded_image_size: int = 14  # the attention chooses among 14 x 14 = 196 pixels (section 4.3)
     emb_dim: int = 512  # word embedding
     attention_dim: int = 512  # hidden layer of the attention
@@ -89,6 +90,8 @@ class Config:
                 raise UserError(f"--{name} must be at most {bound}, not {getattr(self, name)}")
         if self.precision not in ("auto", "float32", "bfloat16", "float16"):
             raise UserError(f"--precision must be auto, float32, bfloat16 or float16, not {self.precision!r}")
+        if self.encoder_stride not in (8, 16, 32):
+            raise UserError(f"--encoder_stride must be 32, 16 or 8, not {self.encoder_stride}")
         if self.cache_features and self.fine_tune_encoder:
             raise UserError("--cache_features true keeps features that --fine_tune_encoder true changes at every step: "
                             "give --cache_features false, or --fine_tune_encoder false")
@@ -96,7 +99,8 @@ class Config:
 
 CHECKPOINT_VERSION = 3  # of the files that a Config is saved in
 # What the weights of a checkpoint, or the pixels they were trained on, depend on: it cannot change afterwards.
-ARCHITECTURE = ("encoder", "encoded_image_size", "image_size", "emb_dim", "attention_dim", "decoder_dim")
+ARCHITECTURE = ("encoder", "encoder_stride", "encoded_image_size", "image_size", "emb_dim", "attention_dim",
+                "decoder_dim")
 
 PRESETS = {
     "ai_challenger": {},
@@ -133,9 +137,10 @@ def get_config(preset="ai_challenger", flags=None, trained=None):
     if unknown:
         raise UserError(f"the checkpoint has settings that this version does not know: {', '.join(unknown)}")
     for name in ARCHITECTURE:
-        if name in flags and flags[name] != trained.get(name):
+        was = trained.get(name, getattr(Config, name))  # of a checkpoint that is older than the setting: the default
+        if flags.get(name, was) != was:
             raise UserError(f"--{name} {flags[name]} contradicts the checkpoint, which was trained with "
-                            f"--{name} {trained.get(name)}: omit the flag, or train another model")
+                            f"--{name} {was}: omit the flag, or train another model")
     return Config(**{**trained, **flags})
 
 

@@ -34,11 +34,12 @@ class Encoder(nn.Module):
 
     Args:
         name (str): of a network that `backbone` knows. weights (str): imagenet, none, or the path of a state dict.
+        stride (int): pixels from one annotation vector to the next.
     """
 
-    def __init__(self, name, weights):
+    def __init__(self, name, weights, stride=32):
         super().__init__()
-        self.resnet, facts = backbone(name, weights)
+        self.resnet, facts = backbone(name, weights, stride)
         self.dim, self.stride, self.offset, self.top = facts["dim"], facts["stride"], facts["offset"], facts["top"]
         self.register_buffer("mean", torch.tensor(facts["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(facts["std"]).view(3, 1, 1), persistent=False)
@@ -62,8 +63,9 @@ class Encoder(nn.Module):
         return self
 
 
-def backbone(name, weights):
-    """The network in the encoder's place: torchvision's ResNet without its last two layers.
+def backbone(name, weights, stride):
+    """The network in the encoder's place: torchvision's ResNet without its last two layers, nor layer4 where the stride
+    is 16, nor layer3 where it is 8.
 
     Returns:
         nn.Sequential: stages, float (B, 3, S, S) -> (B, D, h, w).
@@ -73,9 +75,9 @@ def backbone(name, weights):
         UserError: an unknown network; weights that cannot be had, or do not fit.
     """
     resnet = load_resnet(name, weights)
-    return nn.Sequential(*list(resnet.children())[:-2]), dict(
-        dim=resnet.fc.in_features,  # 512 for resnet18 and 34, otherwise 2048
-        stride=32, offset=0,  # halved five times, each time with output i centred on input 2i
+    return nn.Sequential(*list(resnet.children())[:{32: 8, 16: 7, 8: 6}[stride]]), dict(
+        dim=resnet.fc.in_features * stride // 32,  # for 32: 512 of resnet18 and 34, otherwise 2048
+        stride=stride, offset=0,  # each halving centres output i on input 2i
         mean=[255 * x for x in (0.485, 0.456, 0.406)], std=[255 * x for x in (0.229, 0.224, 0.225)],
         top=5)  # after conv1, bn1, relu, maxpool and layer1
 
@@ -418,7 +420,7 @@ def build_models(config, vocab_size, encoder_weights=None):
     Returns:
         Encoder, DecoderWithAttention
     """
-    encoder = Encoder(config.encoder, encoder_weights or config.encoder_weights)
+    encoder = Encoder(config.encoder, encoder_weights or config.encoder_weights, config.encoder_stride)
     decoder = DecoderWithAttention(config.attention_dim, config.emb_dim, config.decoder_dim, vocab_size, encoder.dim,
                                    config.dropout, config.encoded_image_size, config.embedding_dropout)
     if config.fine_tune_encoder:

@@ -121,9 +121,9 @@ def test_without_a_compiler_a_warning_says_what_is_lost(monkeypatch):
     fast.decoder.compiled.cache_clear()
 
 
-def encoder_with_statistics(name):
+def encoder_with_statistics(name, stride=32):
     torch.manual_seed(0)
-    encoder = Encoder(name, "none")
+    encoder = Encoder(name, "none", stride)
     for norm in (module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.running_mean.normal_(0, 0.1)
         norm.running_var.uniform_(0.5, 2)
@@ -132,9 +132,9 @@ def encoder_with_statistics(name):
     return encoder
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_a_folded_encoder_gives_the_same_and_leaves_the_other_alone(name):
-    encoder = encoder_with_statistics(name)
+@pytest.mark.parametrize("name, stride", [("resnet18", 32), ("resnet50", 32), ("resnet18", 16)])
+def test_a_folded_encoder_gives_the_same_and_leaves_the_other_alone(name, stride):
+    encoder = encoder_with_statistics(name, stride)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     folded = FoldedEncoder(encoder)

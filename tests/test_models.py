@@ -261,24 +261,26 @@ def test_pictures_do_not_influence_each_other(decoder):
 
 
 @pytest.mark.paper
-@pytest.mark.parametrize("name, dim", [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048)])
-def test_encoder_equals_the_plain_one(name, dim):
+@pytest.mark.parametrize("name, stride, dim", [
+    ("resnet18", 32, 512), ("resnet34", 32, 512), ("resnet50", 32, 2048), ("resnet18", 16, 256), ("resnet50", 8, 512)])
+def test_encoder_equals_the_plain_one(name, stride, dim):
     torch.manual_seed(0)
-    encoder = Encoder(name, "none").eval()
+    encoder = Encoder(name, "none", stride).eval()
     plain_encoder = reference.Encoder(name, 14).eval()
+    plain_encoder.resnet = plain_encoder.resnet[:len(encoder.resnet)]
     plain_encoder.load_state_dict(encoder.state_dict())
     images = torch.randint(0, 256, (2, 96, 96, 3), dtype=torch.uint8)
     with torch.no_grad():
         grid = encoder(images)
-        assert grid.shape == (2, 3, 3, dim) and encoder.dim == dim
+        assert grid.shape == (2, 96 // stride, 96 // stride, dim) and encoder.dim == dim
         expected = plain_encoder(images)
         assert (pooled(grid, 14) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("side, pixel", [(16, 8), (28, 13), (28, 15)])
-def test_a_pixel_looks_where_pixel_positions_says(side, pixel):
+@pytest.mark.parametrize("stride, side, pixel", [(32, 16, 8), (32, 28, 13), (32, 28, 15), (16, 32, 15), (8, 14, 7)])
+def test_a_pixel_looks_where_pixel_positions_says(stride, side, pixel):
     """With all weights alike, what a pixel depends on is spread evenly around its centre."""
-    encoder = Encoder("resnet18", "none").eval()
+    encoder = Encoder("resnet18", "none", stride).eval()
     for name, parameter in encoder.named_parameters():
         if name.endswith("weight") and parameter.ndim == 4:
             parameter.data.fill_(1 / parameter[0].numel())
