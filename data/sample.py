@@ -260,10 +260,10 @@ class Kind(NamedTuple):
 
 
 ZONES = {  # where a thing's upper edge (sky) or lower edge may be, and how far it leans, in degrees
-    "sky": (0.02, 0.20, 12),
-    "ground": (0.80, 0.97, 0),
-    "float": (0.61, 0.68, 4),
-    "swim": (0.82, 0.97, 14),
+    "sky": (0.02, 0.30, 12),
+    "ground": (0.70, 0.97, 0),
+    "float": (0.54, 0.70, 4),
+    "swim": (0.76, 0.97, 14),
 }
 KINDS = {
     "房子": Kind(house, 1.0, "ground"),
