@@ -579,15 +579,19 @@ def update(loss, optimizers, scaler, config, is_read):
 def out_of_memory(encoder, decoder, objective, loader, config, step, world_size):
     """What to do about a batch that exceeds the GPU's memory. Args: of train_one_epoch, not wrapped. Returns: str."""
     images, captions, lengths, _ = next(iter(loader))
-    device, size, fits = next(decoder.parameters()).device, len(images), False
-    while size > 1 and not fits and world_size == 1:
-        size //= 2
+    device = next(decoder.parameters()).device
+
+    def fits(size):
         with suppress(torch.OutOfMemoryError), mixed_precision(config, device):
             terms, _, _ = objective(encoder, decoder, to_device(images[:size], device),
                                     to_device(captions[:size], device), lengths[:size], config, step)
             sum(term.weight * term.sum for term in terms.values() if term.weight).backward()
-            fits = True
-    advice = f"a batch of {size} fits: --batch_size {size}" if fits else "give a smaller one"
+            return True
+        return False
+
+    halves = (len(images) >> times for times in range(1, len(images).bit_length()))
+    size = next((size for size in halves if world_size == 1 and fits(size)), None)
+    advice = f"a batch of {size} fits: --batch_size {size}" if size else "give a smaller one"
     return (f"out of memory on {device} with --batch_size {config.batch_size}, {captions.shape[1]} captions per picture"
             f": {advice}, and --resume where there is a checkpoint")
 

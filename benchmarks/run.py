@@ -51,9 +51,8 @@ import train  # noqa: E402
 from benchmarks import reference  # noqa: E402
 from config import Config  # noqa: E402
 from datasets import END, PAD, START, UNK, CaptionDataset, decode_caption, make_loader, word_list  # noqa: E402
-from fast.decoder import kernels  # noqa: E402
-from fast.encoder import Replayed  # noqa: E402
 from fast.features import KeptFeatures  # noqa: E402
+from fast.graphs import Recorded  # noqa: E402
 from models import DecoderWithAttention, Encoder, beam_search, caption_loss  # noqa: E402
 from scores import score  # noqa: E402
 from train import (Averages, Progress, Sums, counts_of, make_optimizers, make_scaler, mixed_precision, parameters,  # noqa: E402
@@ -371,9 +370,7 @@ def timed():
 
 def counted():
     """Returns: int: floating-point operations of an iteration; int: bytes."""
-    Replayed.forward = lambda self, x: self.module(x)  # inside a CUDA graph nothing can be counted
-    if kernels is not None:
-        kernels.Loop.run = lambda self, what, T: getattr(self, what)(T)
+    Recorded.__call__ = lambda self: self.function()  # inside a CUDA graph nothing can be counted
     with FlopCounterMode(display=False) as operations, CountBytes() as traffic:
         case[1]()
     return operations.get_total_flops(), traffic.total

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 
-import conftest
 import pytest
 import torch
 from conftest import files_under
@@ -432,8 +431,7 @@ def test_a_batch_that_memory_does_not_hold_is_told_what_fits(run, tmp_path, monk
 def test_memory_that_runs_out_elsewhere_is_one_line():
     def main():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nand more")
-    done = conftest.call(main)
-    assert done.code == 2 and re.fullmatch("error: out of memory.*--batch_size.*2.00 GiB\n", done.err)
+    assert re.fullmatch("error: out of memory.*--batch_size.*2.00 GiB\n", call(main, check=2).err)
 
 
 def test_about_half_of_the_grids_are_mirrored():
