@@ -60,6 +60,10 @@ class Row(NamedTuple):
     seeds: int = 1
 
 
+# A network that has seen nothing before: the recipe of data/README.md, epochs included.
+FROM_RANDOM = dict(encoder="resnet18", encoder_weights="none", fine_tune_encoder="true", cache_features="false",
+                   image_size=128, encoded_image_size=4, batch_size=64, encoder_lr=1e-3, decoder_lr=1e-3, lr_decay=0.6,
+                   lr_decay_epochs=2)
 REGULARISED = dict(label_smoothing=0.1, embedding_dropout=0.3, mirror="true", ema_decay=0.998, length_penalty=1)
 ROWS = {
     "baseline": Row(beams=(1, 3, 5), seeds=3),
@@ -86,6 +90,10 @@ ROWS = {
     "fine-tuned": Row({**REGULARISED, "fine_tune_encoder": "true", "cache_features": "false", "mirror": "false",
                        "encoder_lr": 1e-4, "decoder_lr": 2e-4, "ema_decay": 0.99, "epochs": 11},
                       ("grid_dropout", "augmentation", "last_stages"), "regularised"),
+    "random weights": Row(FROM_RANDOM, seeds=3),
+    "random weights, self-critical": Row({**FROM_RANDOM, "self_critical": "true", "fine_tune_encoder": "false",
+                                          "cache_features": "true", "mirror": "true", "ema_decay": 0.999, "epochs": 6},
+                                         after="random weights", seeds=3),
 }
 EXPLAINED = "baseline", "alpha_c 0", "alpha_c 0.1", "regularised", "self-critical"
 TAKEN_OUT, DRAWS = 0.1, 4  # share of the cells; draws of random ones

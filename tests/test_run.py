@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import run
+from benchmarks import memory, run
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -60,3 +60,13 @@ def test_validation_has_pictures_of_its_own(tmp_path):
     torch.arange(3, dtype=torch.uint8).repeat_interleave(256 * 256 * 3).numpy().tofile(tmp_path / "images")
     train, valid = run.RandomDataset(tmp_path / "images", 2), run.RandomDataset(tmp_path / "images", 1, first=2)
     assert [int(images.max()) for images, *_ in (train[[0, 1]], valid[[0]])] == [1, 2]
+
+
+def test_memory_counts_what_is_alive_at_once():
+    with memory.Live() as live:
+        x = torch.ones(1000, requires_grad=True)
+        y = (x.exp() * 2).sum()  # exp keeps its result for the backward pass
+        assert (live.now, live.peak) == (4 * 2001, 4 * 3001)
+        y.backward()
+        del y
+        assert live.now == 4 * 2000  # x and its gradient

@@ -1,0 +1,129 @@
+"""The batch that fits a GPU's memory: what a training step takes, frozen and fine-tuned.
+
+    python benchmarks/memory.py                           # on a GPU measured, otherwise counted; a minute on two cores
+
+Sizes are those of run.py: ResNet-101 at 256 pixels, 9,000 words, 5 captions of 10 to 21 tokens per picture, 512
+dimensions. Memory grows linearly with the batch, so two small ones tell the rest.
+
+Without a GPU the step of the GPU, with kernels that compute nothing, runs on the CPU, and the bytes of all tensors that
+are alive at the same time are counted. What that leaves out: what cuDNN takes for its convolutions, and gaps between
+tensors. What is alive inside the frozen encoder is added, as its CUDA graph never gives it back.
+"""
+import argparse
+import gc
+import sys
+import weakref
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scripts are
+
+from benchmarks.run import CONFIG, TOKENS, V, make_batch, make_models  # noqa: E402
+from fast.decoder import FastDecoder, kernels  # noqa: E402
+from fast.encoder import FoldedEncoder, Replayed  # noqa: E402
+from fast.graphs import Recorded  # noqa: E402
+from train import make_optimizers, make_scaler, mixed_precision, teacher_forced, update  # noqa: E402
+from utils import UserError, get_device, run  # noqa: E402
+
+CARDS = 8, 16, 24, 80  # GiB
+CONTEXT = 0.75  # GiB that CUDA, cuDNN and cuBLAS take before the first tensor; a screen takes more
+BATCHES = dict(cpu=(4, 8), cuda=(16, 32))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--device", default=CONFIG.device)
+    args = parser.parse_args()
+    if kernels is None:
+        raise UserError("this counts what the Triton kernels take, and Triton is not installed: it comes with PyTorch "
+                        "for Linux")
+    device = get_device(replace(CONFIG, device=args.device))
+    how = f"measured on {torch.cuda.get_device_name()}" if device.type == "cuda" else "counted, not measured"
+    print(f"{how}, torch {torch.__version__}\n\n| training | MiB | MiB per picture | of these in the encoder's graph | "
+          + " | ".join(f"{card} GiB" for card in CARDS) + " |\n|---" + "|---" * (3 + len(CARDS)) + "|")
+    for kind in ("frozen", "fine-tuned"):
+        for precision in ("bfloat16", "float32"):
+            few, more = BATCHES[device.type]
+            (low, _), (high, inside) = (peak(kind == "fine-tuned", precision, batch, device) for batch in (few, more))
+            each = (high - low) / (more - few)
+            fixed = low - few * each
+            fits = [int(((card - CONTEXT) * 2**30 - fixed) / each) for card in CARDS]
+            print(f"| {kind}, {precision} | {fixed / 2**20:.0f} | {each / 2**20:.1f} | {inside / more / 2**20:.1f} | "
+                  + " | ".join(f"{batch:,}" for batch in fits) + " |", flush=True)
+
+
+def peak(is_trained, precision, pictures, device):
+    """What training takes after a few steps, in bytes.
+
+    Args: is_trained (bool): the encoder too. precision (str). pictures (int): of a batch. device (torch.device).
+    Returns: int: at most at any time; int: of these what the encoder's graph holds, 0 where that is not known.
+    """
+    gc.collect()  # of the last call
+    kernels.loops.clear()
+    config = replace(CONFIG, precision=precision, fine_tune_encoder=is_trained)
+    is_counted, inside = device.type == "cpu", 0
+    if not is_counted:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with counting() if is_counted else nullcontext() as live:
+        images, captions, lengths = make_batch(pictures, TOKENS, V, device)
+        encoder, decoder = make_models("product", config, V, device)
+        encoder.fine_tune("top" if is_trained else "none")
+        runs = encoder.train() if is_trained else FoldedEncoder(encoder, getattr(torch, precision))
+        if not is_trained and is_counted:
+            live.peak = 0
+            runs(images)
+            inside = live.peak - live.now
+        elif not is_trained:
+            runs = Replayed(runs)
+        fast_decoder = FastDecoder(decoder).train()
+        optimizers, scaler = make_optimizers(config, encoder, decoder), make_scaler(config, device)
+        for step in range(3):  # Adam's moments exist after the first, graphs are recorded in the second
+            with mixed_precision(config, device):
+                terms, counts, _ = teacher_forced(runs, fast_decoder, images, captions, lengths, config, step)
+            loss = sum(term.weight * term.sum / counts[term.per] for term in terms.values() if term.weight)
+            update(loss, optimizers, scaler, config, False)
+            del terms, loss  # before the next step makes its own
+    return live.peak + inside if is_counted else torch.cuda.max_memory_reserved(), inside
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive: `now`, and `peak`, the most at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.sizes = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, storage._cdata)
+        return out
+
+    def freed(self, number):
+        self.now -= self.sizes.pop(number)
+
+
+@contextmanager
+def counting():
+    """Let the step of a GPU run on the CPU, its kernels without effect. Yields: Live."""
+    names = "attend", "attend_gradient", "keys_gradient", "cell", "cell_gradient"
+    without = {name: mock.MagicMock() for name in names}
+    with mock.patch.multiple(kernels, are_usable=lambda grid, pool: True, **without), \
+            mock.patch.object(Recorded, "__call__", lambda self: self.function()), Live() as live:
+        yield live
+
+
+if __name__ == "__main__":
+    run(main)
