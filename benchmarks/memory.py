@@ -28,8 +28,8 @@ from benchmarks.run import CONFIG, TOKENS, V, make_batch, make_models  # noqa: E
 from fast.decoder import FastDecoder, kernels  # noqa: E402
 from fast.encoder import FoldedEncoder, Replayed  # noqa: E402
 from fast.graphs import Recorded  # noqa: E402
-from train import make_optimizers, make_scaler, mixed_precision, teacher_forced, update  # noqa: E402
-from utils import UserError, get_device, run  # noqa: E402
+from train import make_optimizers, make_scaler, teacher_forced, update  # noqa: E402
+from utils import UserError, get_device, precisions, run  # noqa: E402
 
 CARDS = 8, 16, 24, 80  # GiB
 CONTEXT = 0.75  # GiB that CUDA, cuDNN and cuBLAS take before the first tensor; a screen takes more
@@ -45,11 +45,14 @@ def main():
         raise UserError("this counts what the Triton kernels take, and Triton is not installed: it comes with PyTorch "
                         "for Linux")
     device = get_device(replace(CONFIG, device=args.device))
+    if device.type not in BATCHES:
+        raise UserError(f"--device {args.device}: cuda measures, cpu counts")
+    half = "bfloat16" if device.type == "cpu" or torch.bfloat16 in precisions(device) else "float16"
     how = f"measured on {torch.cuda.get_device_name()}" if device.type == "cuda" else "counted, not measured"
     print(f"{how}, torch {torch.__version__}\n\n| training | MiB | MiB per picture | of these in the encoder's graph | "
           + " | ".join(f"{card} GiB" for card in CARDS) + " |\n|---" + "|---" * (3 + len(CARDS)) + "|")
     for kind in ("frozen", "fine-tuned"):
-        for precision in ("bfloat16", "float32"):
+        for precision in (half, "float32"):
             few, more = BATCHES[device.type]
             (low, _), (high, inside) = (peak(kind == "fine-tuned", precision, batch, device) for batch in (few, more))
             each = (high - low) / (more - few)
@@ -86,7 +89,8 @@ def peak(is_trained, precision, pictures, device):
         fast_decoder = FastDecoder(decoder).train()
         optimizers, scaler = make_optimizers(config, encoder, decoder), make_scaler(config, device)
         for step in range(3):  # Adam's moments exist after the first, graphs are recorded in the second
-            with mixed_precision(config, device):
+            # Not by train.mixed_precision: a CPU counts what it would only imitate.
+            with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
                 terms, counts, _ = teacher_forced(runs, fast_decoder, images, captions, lengths, config, step)
             loss = sum(term.weight * term.sum / counts[term.per] for term in terms.values() if term.weight)
             update(loss, optimizers, scaler, config, False)
