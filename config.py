@@ -108,7 +108,7 @@ PRESETS = {
     # its own 8 x 8 grid, and averages of the weights instead of a longer run at lower rates.
     "sample": dict(data_dir="data/sample", model_dir="models/sample", log_dir="logs/sample", image_size=128,
                    encoder="resnet18", encoder_weights="none", fine_tune_encoder=True, encoder_stride=16,
-                   encoded_image_size=8, emb_dim=128, attention_dim=256, decoder_dim=256, dropout=0.1, epochs=8,
+                   encoded_image_size=8, emb_dim=128, attention_dim=256, decoder_dim=256, dropout=0.1, epochs=5,
                    batch_size=10, encoder_lr=8e-4, decoder_lr=1e-3, ema_decay=0.99, alpha_c=0.1, lr_decay=0.5,
                    lr_decay_epochs=1, self_critical_xe=1.0, precision="bfloat16", workers=0),
     # 6,000 photographs are overfitted soon: the rates fall and the run ends earlier. The default min_word_freq keeps

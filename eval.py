@@ -17,7 +17,7 @@ from tqdm import tqdm
 import fast
 from checkpoint import open_checkpoint
 from config import boolean, parse_args, positive
-from data.sample import attention_peak_hits, is_true, read_scenes
+from data.sample import attention_peak_hits, coloured_things, is_true, read_scenes
 from datasets import CaptionDataset, make_loader, tokenize_references
 from fast.features import keep_features
 from models import generate, pixel_positions
@@ -96,7 +96,7 @@ def caption_split(runs, loader, config, word_map, beam_size, positions, device):
     Returns:
         list of dict: of all processes, by row; as models.generate gives them, with row and, in the place of alphas,
         course (see attention_course) and, on the sample set, measures: whether the caption is true; words that
-        attention hit, words that name a thing, hits expected by chance.
+        attention hit, words that name a thing, hits expected by chance; the same three of words that tell its colour.
     """
     dataset, captions = loader.dataset, []
     scenes_path = Path(config.data_dir) / "scenes.json"
@@ -109,8 +109,9 @@ def caption_split(runs, loader, config, word_map, beam_size, positions, device):
             alphas = caption.pop("alphas")
             captions.append(dict(row=row, course=attention_course(alphas, positions), **caption))
             if scene := scenes.get(dataset.image_ids[row]):
-                captions[-1]["measures"] = (is_true("".join(caption["words"]), scene),
-                                            *attention_peak_hits(caption["words"], alphas, positions, scene))
+                given = caption["words"], alphas, positions, scene
+                captions[-1]["measures"] = (is_true("".join(caption["words"]), scene), *attention_peak_hits(*given),
+                                            *attention_peak_hits(*given, coloured_things))
     return sorted(gather_lists(captions), key=lambda caption: caption["row"])
 
 
@@ -143,9 +144,10 @@ def score_captions(captions, hypotheses, references, submission, dataset, is_off
     scores["unfinished_captions"] = sum(not caption["ended"] for caption in captions)
     measures = [caption["measures"] for caption in captions if "measures" in caption]
     if measures:
-        true, hits, named, chance = (sum(column) for column in zip(*measures))
+        true, hits, named, chance, colour_hits, colours, _ = (sum(column) for column in zip(*measures))
         scores.update(true_captions=true / len(measures), attention_in_box=hits / max(named, 1),
-                      attention_in_box_by_chance=chance / max(named, 1))
+                      attention_in_box_by_chance=chance / max(named, 1),
+                      attention_in_box_colours=colour_hits / max(colours, 1))
     return scores
 
 

@@ -4,10 +4,10 @@ Draws the sample set: picture-book scenes with five true Chinese sentences each,
 
     $ python data/sample.py                                                   # half a minute on two cores
     $ python data/sample.py --train 64 --valid 8 --test 8 --out /tmp/sample   # a handful, in a second
-    $ unzip -l data/sample/ai_challenger_caption_train_20170902.zip | tail -1 # 2001 files
+    $ unzip -l data/sample/ai_challenger_caption_train_20170902.zip | tail -1 # 3201 files
 
-The first one writes three zips (46 MB in all) and scenes.json into data/sample:
-train 2,000 pictures and 10,000 sentences; valid 200 and 1,000; test_a 200 and 1,000.
+The first one writes three zips (71 MB in all) and scenes.json into data/sample:
+train 3,200 pictures and 16,000 sentences; valid 200 and 1,000; test_a 200 and 1,000.
 
 scenes.json says what was drawn where, so is_true() can tell whether a generated sentence is true of its picture, and
 attention_peak_hits() whether the model looked at what it named.
@@ -39,6 +39,7 @@ from config import fail  # noqa: E402
 from utils import UserError, replacing, run  # noqa: E402
 
 SPLITS = {"train": ("train", "20170902"), "valid": ("validation", "20170910"), "test_a": ("test_a", "20180103")}
+HORIZON, HORIZONS = 0.67, (0.50, 0.72)  # where the ground begins as backgrounds are written down; as they are drawn
 ZOOM = 2  # drawn this much too large and then shrunk: Pillow's own edges are jagged
 INK, CREAM, STEM, WHITE = (52, 42, 56), (255, 250, 236), (84, 160, 72), (255, 255, 255)
 COLOURS = {
@@ -64,12 +65,19 @@ def pick(rng, items):
 class Pen:
     """Draws on an image in unit coordinates (x right, y down), `pad` pixels inside its border."""
 
-    def __init__(self, image, stroke, pad=0):
+    def __init__(self, image, stroke, pad=0, horizon=HORIZON):
         self.image, self.stroke, self.pad, self.draw = image, stroke, pad, ImageDraw.Draw(image, "RGBA")
+        self.horizon = horizon
         self.w, self.h = image.width - 2 * pad, image.height - 2 * pad
 
+    def height(self, y):
+        """Heights are stretched above HORIZON and squeezed below, or the reverse, so that it lies at the pen's own."""
+        if y < HORIZON:
+            return y * self.horizon / HORIZON
+        return 1 - (1 - y) * (1 - self.horizon) / (1 - HORIZON)
+
     def at(self, points):
-        return [(x * self.w + self.pad, y * self.h + self.pad) for x, y in points]
+        return [(x * self.w + self.pad, self.height(y) * self.h + self.pad) for x, y in points]
 
     def poly(self, points, fill, ink=None, rounds=0):
         for _ in range(rounds):  # Chaikin's corner cutting: a few corners become a soft outline
@@ -90,7 +98,7 @@ class Pen:
 
     def wash(self, points, top, bottom):
         """Fills the polygon with a vertical gradient over the polygon's own height."""
-        y0, y1 = (edge(y for _, y in points) * self.h for edge in (min, max))
+        y0, y1 = (self.height(edge(y for _, y in points)) * self.h for edge in (min, max))
         t = np.clip((np.arange(self.h) - y0) / (y1 - y0), 0, 1)[:, None, None]
         column = Image.fromarray((np.array(top) * (1 - t) + np.array(bottom) * t).astype(np.uint8))
         mask = Image.new("L", self.image.size)
@@ -424,12 +432,21 @@ def named_things(words, scene):
     return [(i, boxes[word]) for i, word in enumerate(words) if word in boxes]
 
 
-def attention_peak_hits(words, alphas, positions, scene):
-    """
-    Whether attention peaked on what was named. alphas: (len(words), s, s), the map of each word; positions: (s,), where
-    the centres of its cells lie, as fractions of the picture, for rows and columns alike.
+def coloured_things(words, scene):
+    """[(position in `words`, box)] for each colour that is told of a thing of `scene`: 汽车是红色的, 红色的汽车."""
+    places = [(i + side, i + 2 * side, link, box) for i, box in named_things(words, scene)
+              for side, link in ((1, "是"), (-1, "的"))]
+    return [(colour, box) for middle, colour, link, box in places
+            if 0 <= colour < len(words) and words[middle] == link and words[colour] in COLOURS]
 
-    Returns (hits, total, chance): of `total` words naming a thing of the scene, `hits` had the centre of their
+
+def attention_peak_hits(words, alphas, positions, scene, told=named_things):
+    """
+    Whether attention peaked on what was told. alphas: (len(words), s, s), the map of each word; positions: (s,), where
+    the centres of its cells lie, as fractions of the picture, for rows and columns alike; told: named_things or
+    coloured_things.
+
+    Returns (hits, total, chance): of `total` words telling of a thing of the scene, `hits` had the centre of their
     strongest cell inside its box, and cells picked at random would have had `chance` hits (a float). Where pooling
     made several cells equal, the peak is the middle of the strongest ones.
     Raises ValueError unless alphas is one map per word.
@@ -438,13 +455,13 @@ def attention_peak_hits(words, alphas, positions, scene):
     if alphas.shape != (len(words), len(positions), len(positions)):
         raise ValueError(f"alphas of shape {alphas.shape} for {len(words)} words and {len(positions)} positions")
     y, x = positions[:, None], positions
-    hits, chance, named = 0, 0.0, named_things(words, scene)
-    for i, (x0, y0, x1, y1) in named:
+    hits, chance, found = 0, 0.0, told(words, scene)
+    for i, (x0, y0, x1, y1) in found:
         inside = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
         peak_y, peak_x = positions[np.argwhere(alphas[i] >= alphas[i].max() * (1 - 1e-5))].mean(axis=0)
         hits += int(x0 <= peak_x <= x1 and y0 <= peak_y <= y1)
         chance += float(inside.mean())
-    return hits, len(named), chance
+    return hits, len(found), chance
 
 
 # ---- scenes ----------------------------------------------------------------------------------------------------------
@@ -469,20 +486,22 @@ def _clash(a, b, side):
     return overlap > 0.1 * smaller or abs(a[0] + a[2] - b[0] - b[2]) < 0.25 * side
 
 
-def _arrange(rng, images, zones, side):
+def _arrange(rng, images, zones, pen):
+    side = pen.w
     for _ in range(200):
         boxes = []
         for image, zone in zip(images, zones):
             x = round(rng.uniform(0.01 * side, 0.99 * side - image.width))
-            y = round(rng.uniform(*ZONES[zone][:2]) * side) - (0 if zone == "sky" else image.height)
+            y = round(pen.height(rng.uniform(*ZONES[zone][:2])) * side) - (0 if zone == "sky" else image.height)
             boxes.append((x, y, x + image.width, y + image.height))
-        if not any(_clash(a, b, side) for a, b in combinations(boxes, 2)):
+        if min(box[1] for box in boxes) >= 0 and not any(_clash(a, b, side) for a, b in combinations(boxes, 2)):
             return boxes
     return None
 
 
 def _paste(pen, image, box, zone):
     (x0, y0, x1, y1), rim = box, 2 * pen.stroke
+    pen = Pen(pen.image, pen.stroke)  # what is stretched is the background
     x, y, rx = (x0 + x1) / 2 / pen.w, y1 / pen.h, (x1 - x0) / 2 / pen.w
     if zone == "ground":
         pen.oval(x + 0.02, y - 0.005, rx, 0.02, (30, 40, 60, 60))
@@ -507,7 +526,7 @@ def draw_scene(seed, split, index, size):
     if split not in SPLITS or seed < 0 or index < 0 or size < 32:
         raise ValueError(f"no picture {index} of split {split!r} with seed {seed} and size {size}")
     rng, side = np.random.default_rng([seed, list(SPLITS).index(split), index]), size * ZOOM
-    pen = Pen(Image.new("RGB", (side, side)), max(2, side // 160))
+    pen = Pen(Image.new("RGB", (side, side)), max(2, side // 160), horizon=rng.uniform(*HORIZONS))
     background = pick(rng, list(BACKGROUNDS))
     place = BACKGROUNDS[background]
     for paint, *arguments in place.layers:
@@ -519,7 +538,7 @@ def draw_scene(seed, split, index, size):
         colours, zones = [pick(rng, visible) for _ in names], [KINDS[name].zone for name in names]
         largest = 0.46 if len(names) == 2 else 0.40
         images = [_cut_out(rng, KINDS[name], colour, side, largest) for name, colour in zip(names, colours)]
-        boxes = _arrange(rng, images, zones, side)
+        boxes = _arrange(rng, images, zones, pen)
     for i in sorted(range(len(names)), key=lambda i: boxes[i][3]):  # what stands lower is nearer
         _paste(pen, images[i], boxes[i], zones[i])
 
@@ -570,7 +589,7 @@ def main():
     parser = argparse.ArgumentParser(description="Draw the sample set.", allow_abbrev=False)
     parser.error = fail
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "sample", metavar="DIR")
-    for option, default in (("train", 2000), ("valid", 200), ("test", 200), ("size", 256), ("seed", 0)):
+    for option, default in (("train", 3200), ("valid", 200), ("test", 200), ("size", 256), ("seed", 0)):
         parser.add_argument(f"--{option}", type=int, default=default, metavar="N", help="default: %(default)s")
     args = parser.parse_args()
     for option, least in (("train", 0), ("valid", 0), ("test", 0), ("size", 32), ("seed", 0)):

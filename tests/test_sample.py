@@ -11,7 +11,8 @@ from conftest import call, error_line, files_under, script
 from PIL import Image
 
 from data import sample
-from data.sample import BACKGROUNDS, COLOURS, KINDS, attention_peak_hits, draw_scene, is_true, write_captions
+from data.sample import (BACKGROUNDS, COLOURS, KINDS, attention_peak_hits, coloured_things, draw_scene, is_true,
+                         named_things, write_captions)
 from datasets import tokenize
 
 LAYOUT = {
@@ -234,6 +235,20 @@ def test_a_peak_lies_where_its_cell_lies():
 def test_only_words_that_name_a_thing_of_the_scene_count():
     assert attention_peak_hits(["房子", "红色", "汽"], peaks(*[(7, 0)] * 6)[:3], POSITIONS, SCENE) == (0, 0, 0)
     assert attention_peak_hits([], np.zeros((0, 8, 8)), POSITIONS, SCENE) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("caption, colours", [("画里 的 气球 是 蓝色 的 ， 汽车 是 红色 的", [4, 9]),
+                                              ("左边 是 红色 的 汽车 ， 右边 是 蓝色 的 气球", [2, 8]),
+                                              ("红色 的 房子 ， 汽车 是", []), ("汽车 的 红色 是 气球", [])])
+def test_a_colour_is_told_of_the_thing_beside_it(caption, colours):
+    words = caption.split()
+    found = coloured_things(words, SCENE)
+    assert [place for place, _ in found] == colours
+    assert [box for _, box in found] == [box for _, box in named_things(words, SCENE)][:len(found)]
+    alphas = np.zeros((len(words), 8, 8))
+    for place, (x0, y0, _, _) in found:
+        alphas[place, int(8 * y0), int(8 * x0)] = 1
+    assert attention_peak_hits(words, alphas, POSITIONS, SCENE, coloured_things)[:2] == (len(found), len(found))
 
 
 def test_chance_is_what_random_peaks_hit():

@@ -63,7 +63,8 @@ def test_evaluation(best, tiny, tmp_path, monkeypatch):
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert results["protocol"]["split"] == "test_a" and results["protocol"]["beam_size"] == 2
     assert {"BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr", "METEOR", "char BLEU-1", "char CIDEr", "unfinished_captions",
-            "true_captions", "attention_in_box", "attention_in_box_by_chance"} <= results["scores"].keys()
+            "true_captions", "attention_in_box", "attention_in_box_by_chance",
+            "attention_in_box_colours"} <= results["scores"].keys()
     if has_java:  # an empty caption is rejected
         assert ("official CIDEr" in results["scores"]) != ("official scores are left out: " in done.out)
     for name in ("BLEU-1", "BLEU-4", "CIDEr"):
