@@ -87,13 +87,15 @@ ROWS = {
     "regularised": Row(REGULARISED, ("grid_dropout",), beams=(1, 3, 5), seeds=3),
     "self-critical": Row({**REGULARISED, "self_critical": "true", "ema_decay": 0.999, "epochs": 6}, ("grid_dropout",),
                          "regularised", beams=(1, 3, 5), seeds=3),
+    "regularised + cosine": Row({**REGULARISED, "ema_decay": 0, "epochs": 10}, ("grid_dropout", "cosine"),
+                                beams=(1, 3, 5), seeds=3),
     "fine-tuned": Row({**REGULARISED, "fine_tune_encoder": "true", "cache_features": "false", "mirror": "false",
                        "encoder_lr": 1e-4, "decoder_lr": 2e-4, "ema_decay": 0.99, "epochs": 11},
                       ("grid_dropout", "augmentation", "last_stages"), "regularised"),
     "random weights": Row(FROM_RANDOM, seeds=3),
-    "random weights, self-critical": Row({**FROM_RANDOM, "self_critical": "true", "fine_tune_encoder": "false",
-                                          "cache_features": "true", "mirror": "true", "ema_decay": 0.999, "epochs": 6},
-                                         after="random weights", seeds=3),
+    "random weights + self-critical": Row({**FROM_RANDOM, "self_critical": "true", "fine_tune_encoder": "false",
+                                           "cache_features": "true", "mirror": "true", "ema_decay": 0.999, "epochs": 6},
+                                          after="random weights", seeds=3),
 }
 EXPLAINED = "baseline", "alpha_c 0", "alpha_c 0.1", "regularised", "self-critical"
 TAKEN_OUT, DRAWS = 0.1, 4  # share of the cells; draws of random ones
