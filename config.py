@@ -104,7 +104,7 @@ ARCHITECTURE = ("encoder", "encoder_stride", "encoded_image_size", "image_size",
 
 PRESETS = {
     "ai_challenger": {},
-    # Three and a half minutes on two cores with bfloat16: a small ResNet from random weights without its last stage,
+    # Three and a quarter minutes on two cores with bfloat16: a small ResNet from random weights without its last stage,
     # its own 8 x 8 grid, and averages of the weights instead of a longer run at lower rates.
     "sample": dict(data_dir="data/sample", model_dir="models/sample", log_dir="logs/sample", image_size=128,
                    encoder="resnet18", encoder_weights="none", fine_tune_encoder=True, encoder_stride=16,

@@ -96,7 +96,8 @@ def caption_split(runs, loader, config, word_map, beam_size, positions, device):
     Returns:
         list of dict: of all processes, by row; as models.generate gives them, with row and, in the place of alphas,
         course (see attention_course) and, on the sample set, measures: whether the caption is true; words that
-        attention hit, words that name a thing, hits expected by chance; the same three of words that tell its colour.
+        attention hit, words that name a thing, hits expected by chance; of words that tell its colour those that
+        attention hit, and all.
     """
     dataset, captions = loader.dataset, []
     scenes_path = Path(config.data_dir) / "scenes.json"
@@ -111,7 +112,7 @@ def caption_split(runs, loader, config, word_map, beam_size, positions, device):
             if scene := scenes.get(dataset.image_ids[row]):
                 given = caption["words"], alphas, positions, scene
                 captions[-1]["measures"] = (is_true("".join(caption["words"]), scene), *attention_peak_hits(*given),
-                                            *attention_peak_hits(*given, coloured_things))
+                                            *attention_peak_hits(*given, coloured_things)[:2])
     return sorted(gather_lists(captions), key=lambda caption: caption["row"])
 
 
@@ -144,7 +145,7 @@ def score_captions(captions, hypotheses, references, submission, dataset, is_off
     scores["unfinished_captions"] = sum(not caption["ended"] for caption in captions)
     measures = [caption["measures"] for caption in captions if "measures" in caption]
     if measures:
-        true, hits, named, chance, colour_hits, colours, _ = (sum(column) for column in zip(*measures))
+        true, hits, named, chance, colour_hits, colours = (sum(column) for column in zip(*measures))
         scores.update(true_captions=true / len(measures), attention_in_box=hits / max(named, 1),
                       attention_in_box_by_chance=chance / max(named, 1),
                       attention_in_box_colours=colour_hits / max(colours, 1))

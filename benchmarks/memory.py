@@ -9,7 +9,6 @@ Without a GPU the step of the GPU, with kernels that compute nothing, runs on th
 are alive at the same time are counted. What that leaves out: what cuDNN takes for its convolutions, and gaps between
 tensors. What is alive inside the frozen encoder is added, as its CUDA graph never gives it back.
 """
-import argparse
 import gc
 import sys
 import weakref
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scripts are
 
 from benchmarks.run import CONFIG, TOKENS, V, make_batch, make_models  # noqa: E402
+from config import new_parser  # noqa: E402
 from fast.decoder import FastDecoder, kernels  # noqa: E402
 from fast.encoder import FoldedEncoder, Replayed  # noqa: E402
 from fast.graphs import Recorded  # noqa: E402
@@ -37,8 +37,7 @@ BATCHES = dict(cpu=(4, 8), cuda=(16, 32))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = new_parser(__doc__)
     parser.add_argument("--device", default=CONFIG.device)
     args = parser.parse_args()
     if kernels is None:
@@ -78,14 +77,15 @@ def peak(is_trained, precision, pictures, device):
     with counting() if is_counted else nullcontext() as live:
         images, captions, lengths = make_batch(pictures, TOKENS, V, device)
         encoder, decoder = make_models("product", config, V, device)
-        encoder.fine_tune("top" if is_trained else "none")
-        runs = encoder.train() if is_trained else FoldedEncoder(encoder, getattr(torch, precision))
-        if not is_trained and is_counted:
-            live.peak = 0
+        if is_trained:
+            encoder.fine_tune("top")
+            runs = encoder.train()
+        elif is_counted:
+            runs, live.peak = FoldedEncoder(encoder, getattr(torch, precision)), 0
             runs(images)
             inside = live.peak - live.now
-        elif not is_trained:
-            runs = Replayed(runs)
+        else:
+            runs = Replayed(FoldedEncoder(encoder, getattr(torch, precision)))
         fast_decoder = FastDecoder(decoder).train()
         optimizers, scaler = make_optimizers(config, encoder, decoder), make_scaler(config, device)
         for step in range(3):  # Adam's moments exist after the first, graphs are recorded in the second

@@ -16,7 +16,6 @@ pictures are random, which takes the same time.
 Two lower bounds show how much faster it could get at all: the product's floating-point operations over the rate of a
 large matrix product, and the bytes that its products and convolutions read and write, each once, over that of a copy.
 """
-import argparse
 import ctypes
 import itertools
 import json
@@ -49,7 +48,7 @@ import fast  # noqa: E402
 import pre_process  # noqa: E402
 import train  # noqa: E402
 from benchmarks import reference  # noqa: E402
-from config import Config  # noqa: E402
+from config import Config, new_parser  # noqa: E402
 from datasets import END, PAD, START, UNK, CaptionDataset, decode_caption, make_loader, word_list  # noqa: E402
 from fast.features import KeptFeatures  # noqa: E402
 from fast.graphs import Recorded  # noqa: E402
@@ -647,8 +646,7 @@ def scaling(device, rounds, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = new_parser(__doc__)
     parser.add_argument("group", nargs="?", default="all", choices=(*CASES, "epoch", "scaling", "all"))
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each side (5)")
     parser.add_argument("--device", default=CONFIG.device)

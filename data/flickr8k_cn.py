@@ -11,7 +11,6 @@ wrote, and flickr8ktrain.txt, flickr8kval.txt and flickr8ktest.txt; data/README.
 The pictures are hard links where the disk allows them, and then take no space of their own.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where config.py is
 
-from config import fail  # noqa: E402
+from config import new_parser  # noqa: E402
 from pre_process import SPLITS, is_file_name  # noqa: E402
 from utils import UserError, run  # noqa: E402
 
@@ -166,8 +165,7 @@ def write_splits(out, pictures, splits):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Lay Flickr8k-CN out as AI Challenger is.", allow_abbrev=False)
-    parser.error = fail
+    parser = new_parser("Lay Flickr8k-CN out as AI Challenger is.")
     parser.add_argument("source", type=Path, metavar="FOLDER", help="what its publishers give; see data/README.md")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "flickr8k_cn", metavar="DIR")
     args = parser.parse_args()

@@ -13,7 +13,6 @@ scenes.json says what was drawn where, so is_true() can tell whether a generated
 attention_peak_hits() whether the model looked at what it named.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where config.py is
 
-from config import fail  # noqa: E402
+from config import fail, new_parser  # noqa: E402
 from utils import UserError, replacing, run  # noqa: E402
 
 SPLITS = {"train": ("train", "20170902"), "valid": ("validation", "20170910"), "test_a": ("test_a", "20180103")}
@@ -501,7 +500,6 @@ def _arrange(rng, images, zones, pen):
 
 def _paste(pen, image, box, zone):
     (x0, y0, x1, y1), rim = box, 2 * pen.stroke
-    pen = Pen(pen.image, pen.stroke)  # what is stretched is the background
     x, y, rx = (x0 + x1) / 2 / pen.w, y1 / pen.h, (x1 - x0) / 2 / pen.w
     if zone == "ground":
         pen.oval(x + 0.02, y - 0.005, rx, 0.02, (30, 40, 60, 60))
@@ -539,6 +537,7 @@ def draw_scene(seed, split, index, size):
         largest = 0.46 if len(names) == 2 else 0.40
         images = [_cut_out(rng, KINDS[name], colour, side, largest) for name, colour in zip(names, colours)]
         boxes = _arrange(rng, images, zones, pen)
+    pen = Pen(pen.image, pen.stroke)  # the background is stretched, things are not
     for i in sorted(range(len(names)), key=lambda i: boxes[i][3]):  # what stands lower is nearer
         _paste(pen, images[i], boxes[i], zones[i])
 
@@ -586,8 +585,7 @@ def _write_split(pool, out, split, count, seed, size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the sample set.", allow_abbrev=False)
-    parser.error = fail
+    parser = new_parser("Draw the sample set.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "sample", metavar="DIR")
     for option, default in (("train", 3200), ("valid", 200), ("test", 200), ("size", 256), ("seed", 0)):
         parser.add_argument(f"--{option}", type=int, default=default, metavar="N", help="default: %(default)s")
