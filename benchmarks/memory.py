@@ -1,4 +1,4 @@
-"""The batch that fits a GPU's memory: what a training step takes, frozen and fine-tuned.
+"""What a training step takes on a GPU, frozen and fine-tuned: memory, hence the batch that fits, and the host's work.
 
     python benchmarks/memory.py                           # on a GPU measured, otherwise counted; a minute on two cores
 
@@ -7,7 +7,8 @@ dimensions. Memory grows linearly with the batch, so two small ones tell the res
 
 Without a GPU the step of the GPU, with kernels that compute nothing, runs on the CPU, and the bytes of all tensors that
 are alive at the same time are counted. What that leaves out: what cuDNN takes for its convolutions, and gaps between
-tensors. What is alive inside the frozen encoder is added, as its CUDA graph never gives it back.
+tensors. What is alive inside the frozen encoder is added, as its CUDA graph never gives it back. The operations that
+the host starts are counted too, a graph as one: what of them takes longer than the GPU's work leaves it idle.
 """
 import gc
 import sys
@@ -49,26 +50,28 @@ def main():
     half = "bfloat16" if device.type == "cpu" or torch.bfloat16 in precisions(device) else "float16"
     how = f"measured on {torch.cuda.get_device_name()}" if device.type == "cuda" else "counted, not measured"
     print(f"{how}, torch {torch.__version__}\n\n| training | MiB | MiB per picture | of these in the encoder's graph | "
-          + " | ".join(f"{card} GiB" for card in CARDS) + " |\n|---" + "|---" * (3 + len(CARDS)) + "|")
+          + " | ".join(f"{card} GiB" for card in CARDS) + " | started by the host |\n|---" + "|---" * (4 + len(CARDS))
+          + "|")
     for kind in ("frozen", "fine-tuned"):
         for precision in (half, "float32"):
             few, more = BATCHES[device.type]
-            (low, _), (high, inside) = (peak(kind == "fine-tuned", precision, batch, device) for batch in (few, more))
+            (low, *_), (high, inside, started) = (
+                step_takes(kind == "fine-tuned", precision, batch, device) for batch in (few, more))
             each = (high - low) / (more - few)
             fixed = low - few * each
             fits = [int(((card - CONTEXT) * 2**30 - fixed) / each) for card in CARDS]
             print(f"| {kind}, {precision} | {fixed / 2**20:.0f} | {each / 2**20:.1f} | {inside / more / 2**20:.1f} | "
-                  + " | ".join(f"{batch:,}" for batch in fits) + " |", flush=True)
+                  + " | ".join(f"{batch:,}" for batch in fits) + f" | {started or '-'} |", flush=True)
 
 
-def peak(is_trained, precision, pictures, device):
-    """What training takes after a few steps, in bytes.
+def step_takes(is_trained, precision, pictures, device):
+    """What training takes after a few steps.
 
     Args: is_trained (bool): the encoder too. precision (str). pictures (int): of a batch. device (torch.device).
-    Returns: int: at most at any time; int: of these what the encoder's graph holds, 0 where that is not known.
+    Returns: int: bytes, at most at any time; int: of these what the encoder's graph holds; int: operations that the
+        host starts in a step. The last two are 0 where they are not known.
     """
     gc.collect()  # of the last call
-    kernels.loops.clear()
     config = replace(CONFIG, precision=precision, fine_tune_encoder=is_trained)
     is_counted, inside = device.type == "cpu", 0
     if not is_counted:
@@ -80,33 +83,39 @@ def peak(is_trained, precision, pictures, device):
         if is_trained:
             encoder.fine_tune("top")
             runs = encoder.train()
-        elif is_counted:
-            runs, live.peak = FoldedEncoder(encoder, getattr(torch, precision)), 0
-            runs(images)
-            inside = live.peak - live.now
         else:
             runs = Replayed(FoldedEncoder(encoder, getattr(torch, precision)))
+            if is_counted:
+                live.peak = 0
+                runs.module(images)
+                inside = live.peak - live.now
         fast_decoder = FastDecoder(decoder).train()
         optimizers, scaler = make_optimizers(config, encoder, decoder), make_scaler(config, device)
         for step in range(3):  # Adam's moments exist after the first, graphs are recorded in the second
+            if is_counted:
+                live.started = 0
             # Not by train.mixed_precision: a CPU counts what it would only imitate.
             with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
                 terms, counts, _ = teacher_forced(runs, fast_decoder, images, captions, lengths, config, step)
             loss = sum(term.weight * term.sum / counts[term.per] for term in terms.values() if term.weight)
             update(loss, optimizers, scaler, config, False)
             del terms, loss  # before the next step makes its own
-    return live.peak + inside if is_counted else torch.cuda.max_memory_reserved(), inside
+    return (live.peak + inside, inside, live.started) if is_counted else (torch.cuda.max_memory_reserved(), 0, 0)
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive: `now`, and `peak`, the most at any time."""
+    """Counts the bytes of the tensors that are alive: `now`, and `peak`, the most at any time; and `started`, the
+    operations outside of graphs that compute or copy."""
+
+    idle = ("empty", "new_empty", "_unsafe_view", "_record_function", "detach")  # how names begin that do neither
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.sizes = 0, 0, {}
+        self.now, self.peak, self.sizes, self.started = 0, 0, {}, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        self.started += not (function.is_view or function.overloadpacket.__name__.startswith(self.idle))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.sizes:
                 self.sizes[storage._cdata] = storage.nbytes()
@@ -118,14 +127,21 @@ class Live(TorchDispatchMode):
     def freed(self, number):
         self.now -= self.sizes.pop(number)
 
+    def record(self, function):
+        """In the place of a graph."""
+        before = self.started
+        function()
+        self.started = before + 1
+
 
 @contextmanager
 def counting():
     """Let the step of a GPU run on the CPU, its kernels without effect. Yields: Live."""
     names = "attend", "attend_gradient", "keys_gradient", "cell", "cell_gradient"
     without = {name: mock.MagicMock() for name in names}
+    live = Live()
     with mock.patch.multiple(kernels, are_usable=lambda grid, pool: True, **without), \
-            mock.patch.object(Recorded, "__call__", lambda self: self.function()), Live() as live:
+            mock.patch.object(Recorded, "__call__", lambda self, function: live.record(function)), live:
         yield live
 
 

@@ -369,7 +369,7 @@ def timed():
 
 def counted():
     """Returns: int: floating-point operations of an iteration; int: bytes."""
-    Recorded.__call__ = lambda self: self.function()  # inside a CUDA graph nothing can be counted
+    Recorded.__call__ = lambda self, function: function()  # inside a CUDA graph nothing can be counted
     with FlopCounterMode(display=False) as operations, CountBytes() as traffic:
         case[1]()
     return operations.get_total_flops(), traffic.total
@@ -502,7 +502,7 @@ def epochs(device, pictures, batch_size, workers):
             # Initial weights are validated: the captions of trained ones for noise may be of any length.
             runs = prepare(*make_models("product", config, V, device, talkative=True), config, device, (), 0, 1)
             encoder = keep_random_features(valid_set, device) if kind == "kept" else runs.encoder
-            validation, scores = time_validation(encoder, runs.decoder, valid_set, config)
+            validation, scores = time_validation(encoder, runs.decoder, valid_set, train.for_validation(config, device))
             print(f"{row} {validation:.1f} | {scores:.1f} |", flush=True)
 
 

@@ -55,6 +55,7 @@ class FastDecoder(nn.Module):
         super().__init__()
         self.decoder, self.written = decoder, attention
         self.embed_dim, self.encoded_image_size = decoder.embedding.embedding_dim, decoder.encoded_image_size
+        self.loop = None  # of kernels.py
 
     def embedding(self, words):
         return self.decoder.embedding(words)
@@ -82,8 +83,11 @@ class FastDecoder(nn.Module):
 
     def word_input(self, words):
         """The embedded words' part of the LSTM's four gates. Args: words (..., E). Returns: (..., 4H)."""
-        cell = self.decoder.decode_step
-        return F.linear(words, cell.weight_ih[:, :self.embed_dim], cell.bias_ih)
+        return F.linear(words, self.word_weight(), self.decoder.decode_step.bias_ih)
+
+    def word_weight(self):
+        """Returns: (4H, E)."""
+        return self.decoder.decode_step.weight_ih[:, :self.embed_dim]
 
     def step_weights(self):
         """What is multiplied at every step: the products with h as one, and that with the context.
@@ -141,7 +145,7 @@ class FastDecoder(nn.Module):
 
     def start(self, grid, K):
         pixels = self.look(grid)
-        self.pool, self.weights = pixels.pool, self.step_weights()
+        self.pool, self.weights, self.fused = pixels.pool, self.step_weights(), self.is_fused(grid)
         h, c = (x.unsqueeze(1).expand(-1, K, -1) for x in self.init_hidden_state(pixels))
         return (pixels.grid, pixels.keys), h, c
 
@@ -149,7 +153,7 @@ class FastDecoder(nn.Module):
         B, K = words.shape[:2]
         pixels = Pixels(features[0], self.pool, features[1])
         word_input, h, c = self.word_input(words.flatten(0, 1)), h.flatten(0, 1), c.flatten(0, 1)
-        if self.is_fused(pixels) and not torch.is_grad_enabled():
+        if self.fused and not torch.is_grad_enabled():
             out = kernels.empty_steps(B * K, *pixels, word_input)
             lengths = torch.ones(B * K, dtype=torch.int64, device=words.device)
             kernels.step(*pixels, self.decoder.attention.full_att.weight[0], self.weights, word_input, h, c, lengths,
@@ -164,12 +168,11 @@ class FastDecoder(nn.Module):
         T, lengths = captions.shape[2] - 1, (caption_lengths - 1).clamp(min=0)
         token = (torch.arange(T) < lengths.unsqueeze(2)).flatten().nonzero().squeeze(1)  # (M,), which of the (B, K, T)
         token = to_device(token, grid.device)
-        pixels = self.look(grid)
         words = self.decoder.embedding_dropout(self.embedding(captions[:, :, :-1]))
-        if self.is_fused(pixels):
-            states, alphas = self.fused_time_loop(pixels, words, lengths, token)
+        if self.is_fused(grid):
+            states, alphas = self.fused_time_loop(grid, words, lengths, token)
         else:
-            states, alphas = self.time_loop(pixels, words, lengths)
+            states, alphas = self.time_loop(self.look(grid), words, lengths)
         return self.fc(self.decoder.dropout(states)), captions[:, :, 1:].flatten()[token], alphas
 
     def time_loop(self, pixels, words, lengths):
@@ -209,20 +212,28 @@ class FastDecoder(nn.Module):
         alphas = alphas.new_zeros(B * K * T, alphas.shape[1]).index_copy(0, token, alphas)
         return torch.cat(states)[back], alphas.unflatten(0, (B, K, T))
 
-    def fused_time_loop(self, pixels, words, lengths, token):
-        """The same in kernels.py; token is where words are."""
+    def fused_time_loop(self, grid, words, lengths, token):
+        """The same in kernels.py, from grids (B, h, w, D) on; token is where words are."""
         B, K = words.shape[:2]
-        h, c = (state.repeat_interleave(K, dim=0) for state in self.init_hidden_state(pixels))
-        word_input = self.word_input(words.flatten(0, 1).transpose(0, 1))  # (T, N, 4H)
-        full_att = self.decoder.attention.full_att
         states, alphas = kernels.TimeLoop.apply(
-            *pixels, full_att.weight[0], full_att.bias, h, c, word_input, *self.step_weights(),
-            to_device(lengths.flatten(), words.device), torch.is_grad_enabled())
-        return states.transpose(0, 1).flatten(0, 1)[token], alphas.transpose(0, 1).unflatten(0, (B, K))
+            self, grid, words.flatten(0, 1).transpose(0, 1), to_device(lengths.flatten(), words.device),
+            torch.is_grad_enabled(), *self.looped_parameters())
+        # Not by [token], whose gradient sorts.
+        return states.transpose(0, 1).flatten(0, 1).index_select(0, token), alphas.transpose(0, 1).unflatten(0, (B, K))
 
-    def is_fused(self, pixels):
-        """Whether the time loop is left to kernels.py: on a GPU, where Triton is."""
-        return self.written is None and kernels is not None and kernels.are_usable(pixels.grid, pixels.pool)
+    def looped_parameters(self):
+        """All parameters but those of embedding and fc, in the order of kernels.Loop. Returns: list."""
+        decoder, attention = self.decoder, self.decoder.attention
+        layers = (attention.encoder_att, attention.decoder_att, attention.full_att, decoder.init_h, decoder.init_c,
+                  decoder.f_beta)
+        cell = decoder.decode_step
+        return [*(p for layer in layers for p in (layer.weight, layer.bias)),
+                cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
+
+    def is_fused(self, grid):
+        """Whether these grids, (B, h, w, D), are left to kernels.py: on a GPU, where Triton is."""
+        return (self.written is None and kernels is not None
+                and kernels.are_usable(grid, pool_matrix(*grid.shape[1:3], self.encoded_image_size, grid.device)))
 
 
 def other_parameters(decoder):

@@ -8,21 +8,24 @@ class Recorded:
     The first call sets up what must not be recorded, such as cuDNN's choice of kernels.
 
     Args:
-        function: without arguments; works on tensors that stay where they are. What it allocates belongs to the graph,
-        whose next replay overwrites it.
+        memory: of torch.cuda.graph_pool_handle, for graphs that share it as they never run at the same time and leave
+        nothing in it for one another; None for its own.
     """
 
-    def __init__(self, function):
-        self.function, self.graph, self.was_called = function, None, False
+    def __init__(self, memory=None):
+        self.memory, self.graph, self.was_called = memory, None, False
 
-    def __call__(self):
+    def __call__(self, function):
+        """Args: function: the same every time, without arguments; works on tensors that stay where they are. What it
+        allocates belongs to the graph, whose next replay overwrites it."""
         if not self.was_called:
             self.was_called = True
-            self.function()
+            function()
             return
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # Other threads, which copy the next batches, may run meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.function()
+            with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
+                function()
+            self.graph = graph
         self.graph.replay()

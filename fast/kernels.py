@@ -3,10 +3,9 @@
 PyTorch launches some twenty kernels per step and forty for its gradient, most of them too small for a GPU, and writes
 the attention's hidden layer, (B, K, P, A), to memory. Here a step is two matrix products and two kernels of our own:
 `attend`, which computes the hidden layer of one caption tile by tile in registers (Eq. 4, 5, 13), and `cell` (Eq. 1-3).
-The gradients that all steps add to, of weights, keys and grids, are summed after the loop. Matrix products are in the
-dtype of the words' input, bfloat16 under autocast; everything else is computed in float32. All captions run through all
-steps, as zeros after their end, so that loops of one length launch the same kernels every time: in training these are
-captured as a CUDA graph.
+The gradients that all steps add to, of weights, keys and grids, are summed after the loop. Matrix products are in
+autocast's dtype; everything else is computed in float32. All captions run through all steps, as zeros after their end,
+so that loops of one length launch the same kernels every time: in training these are captured as a CUDA graph.
 
 Symbols as in models.py; N = B K captions, W = A + D + 4H the columns h is multiplied to: query, beta, gates.
 """
@@ -82,39 +81,64 @@ def step(grid, pool, keys, energy_weight, weights, word_input, h, c, lengths, t,
 
 
 class Loop:
-    """The buffers of a loop of at most T steps, and what runs on them; a CUDA graph per length that recurs.
+    """All that lies between grids with embedded words and the states, at most T steps, and its gradient, in buffers.
+
+    What it is made of are FastDecoder's own functions around the loop over `step`. For each length that recurs, both
+    passes are a CUDA graph: of some 120 kernels that the host would start besides those of the loop, most are in them.
 
     Args:
-        grid, pool, keys, energy_weight, h, c, word_input, h_weight, h_bias, context_weight, lengths: as of TimeLoop.
+        decoder (FastDecoder). grid: (B, h, w, D). words: (T, N, E). dtype: of the matrix products. is_trained (bool):
+        there will be a backward pass.
     """
 
-    def __init__(self, grid, pool, keys, energy_weight, h, c, word_input, h_weight, h_bias, context_weight, lengths):
-        self.T, N, _ = word_input.shape
-        like, exact = word_input.dtype, torch.float32
-        types = (like, exact, like, exact, like, exact, like, like, like, like, torch.int64)
-        given = grid, pool, keys, energy_weight, h, c, word_input, h_weight, h_bias, context_weight, lengths
-        self.inputs = [torch.empty(x.shape, dtype=dtype, device=x.device) for x, dtype in zip(given, types)]
-        self.steps = empty_steps(self.T * N, grid, pool, keys, word_input)
-        self.grad_pre, self.grad_energy = torch.empty_like(self.steps.pre), torch.empty_like(self.steps.alpha)
-        self.grad_h, self.grad_alpha = torch.empty_like(self.steps.h), torch.empty_like(self.steps.alpha)
-        self.grad_cells = torch.empty_like(self.steps.cells)
-        self.later_h, self.later_c = (torch.empty_like(x) for x in self.inputs[4:6])  # what later steps hand back
+    def __init__(self, decoder, grid, words, dtype, is_trained):
+        (self.T, N, _), self.decoder, self.dtype = words.shape, decoder, dtype
+        empty, exact = functools.partial(torch.empty, device=grid.device, dtype=dtype), torch.float32
+        self.grid, self.words = empty(grid.shape), empty(words.shape)
+        self.lengths = empty(N, dtype=torch.int64)
         self.graphs, self.is_busy = {}, False  # busy: until its backward pass has run
+        self.memory = torch.cuda.graph_pool_handle() if grid.is_cuda else None  # of all graphs, which run in turns
+        pixels, *read = self.around_steps(self.T)
+        types = dtype, exact, dtype, exact, dtype, dtype, dtype, dtype
+        self.pool, self.read = pixels.pool, [empty(x.shape, dtype=kind) for x, kind in zip(read, types)]
+        self.steps = empty_steps(self.T * N, pixels.grid, self.pool, pixels.keys, self.read[4])
+        if is_trained:
+            self.grad_pre, self.grad_energy = torch.empty_like(self.steps.pre), torch.empty_like(self.steps.alpha)
+            self.grad_h, self.grad_alpha = torch.empty_like(self.steps.h), torch.empty_like(self.steps.alpha)
+            self.grad_cells = torch.empty_like(self.steps.cells)
+            self.later_h, self.later_c = (torch.empty_like(x) for x in self.read[2:4])  # what later steps hand back
+            self.grad_words, self.grad_grid = torch.empty_like(self.words), None  # the latter made by the first call
+            self.grads = [torch.empty_like(p, dtype=exact) for p in decoder.looped_parameters()]
+
+    def around_steps(self, T):
+        """What the steps read. Returns: Pixels; keys, energy_weight, h, c, word_input, and the three step_weights."""
+        decoder, device = self.decoder, self.grid.device.type
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
+            pixels = decoder.look(self.grid)
+            h, c = (x.repeat_interleave(len(self.lengths) // len(x), 0) for x in decoder.init_hidden_state(pixels))
+            word_input = decoder.word_input(self.words[:T])
+        energy_weight = decoder.decoder.attention.full_att.weight[0]
+        return pixels, pixels.keys, energy_weight, h, c, word_input, *decoder.step_weights()
 
     def rows(self, t, buffers):
         """The rows of step t."""
-        N = len(self.later_h)
+        N = len(self.lengths)
         return [x[t * N:(t + 1) * N] for x in buffers]
 
     def forward(self, T):
-        *pixels, h, c, word_input, h_weight, h_bias, context_weight, lengths = self.inputs
+        for mine, x in zip(self.read, self.around_steps(T)[1:]):
+            mine[:len(x)].copy_(x)
+        keys, energy_weight, h, c, word_input, *weights = self.read
         for t in range(T):
             out = Steps(*self.rows(t, self.steps))
-            step(*pixels, (h_weight, h_bias, context_weight), word_input[t], h, c, lengths, t, out)
+            step(self.grid.flatten(1, 2), self.pool, keys, energy_weight, weights, word_input[t], h, c, self.lengths, t,
+                 out)
             h, c = out.h, out.c
 
-    def backward(self, T):
-        grid, pool, keys, energy_weight, _, c, _, h_weight, _, context_weight, lengths = self.inputs
+    def backward(self, T, to_grid):
+        """Args: to_grid (bool): the grid is trained too."""
+        grid, pool, lengths = self.grid.flatten(1, 2), self.pool, self.lengths
+        keys, energy_weight, _, c, _, h_weight, _, context_weight = self.read
         (B, P, A), (G, D), (N, H) = keys.shape, grid.shape[1:], c.shape
         PP, GG = triton.next_power_of_2(P), triton.next_power_of_2(G)
         self.later_h.zero_()
@@ -131,47 +155,82 @@ class Loop:
                                   context, grad_pre, grad_energy, grad_cells, N // B, A, D, H, P, G, PP, GG,
                                   max(16384 // PP, 4), max(8192 // GG, 16), max(4096 // PP, 4), num_warps=4)
             torch.mm(grad_pre, h_weight, out=self.later_h)
+        self.around_steps_backward(T, to_grid)
 
-    def run(self, what, T):
-        """Args: what (str): forward or backward. T (int): steps."""
-        if (what, T) not in self.graphs:
-            self.graphs[what, T] = Recorded(functools.partial(getattr(self, what), T))
-        self.graphs[what, T]()
+    def around_steps_backward(self, T, to_grid):
+        """The gradients of parameters, words and grid: what all steps add to, in one product each."""
+        grid, keys, energy_weight, h, _, _, _, _, context_weight = self.grid.flatten(1, 2), *self.read
+        (B, P, A), D, (N, H) = keys.shape, grid.shape[2], h.shape
+        parts, rows = triton.cdiv(P, KEYS), slice(T * N)
+        grad_keys = torch.empty_like(keys, dtype=torch.float32)
+        grad_energy_weight = grad_keys.new_empty(B, parts, A)
+        keys_gradient[(B, parts, triton.cdiv(A, KEYS))](
+            self.grad_energy, self.steps.pre, keys, energy_weight, self.lengths, grad_keys, grad_energy_weight, N,
+            N // B, A, A + D + 4 * H, P, KEYS)
+        grad_pre, h_before = self.grad_pre[rows], torch.cat([h, self.steps.h[:(T - 1) * N]])
+        grad_gates, words = grad_pre[:, A + D:], self.words[:T].flatten(0, 1)
+        of_h, of_bias = grad_pre.T @ h_before, grad_pre.sum(dim=0, dtype=torch.float32)
+        of_input = torch.cat([grad_gates.T @ words, grad_gates.T @ self.steps.context[rows]], dim=1)
+        on_cells = self.pool.T.to(self.dtype) @ grad_keys.to(self.dtype)  # (B, G, A)
+        of_keys = on_cells.flatten(0, 1).T @ grid.flatten(0, 1)
+        mean = (self.pool.mean(dim=0, keepdim=True).to(self.dtype) @ grid).squeeze(1)
+        grad_h, grad_c = (x.view(B, -1, H).sum(dim=1).to(self.dtype) for x in (self.later_h, self.later_c))
+        found = (of_keys, grad_keys.sum(dim=(0, 1)), of_h[:A], of_bias[:A], grad_energy_weight.sum(dim=(0, 1)),
+                 of_bias.new_zeros(1),  # a softmax ignores the bias of the energies
+                 grad_h.T @ mean, grad_h.sum(dim=0), grad_c.T @ mean, grad_c.sum(dim=0),
+                 of_h[A:A + D], of_bias[A:A + D], of_input, of_h[A + D:], of_bias[A + D:], of_bias[A + D:])
+        for mine, x in zip(self.grads, found):
+            mine.copy_(x.view_as(mine))
+        torch.mm(grad_gates, self.decoder.word_weight().to(self.dtype), out=self.grad_words[:T].view(T * N, -1))
+        if to_grid:  # of each picture, the sum over its captions and their steps
+            if self.grad_grid is None:
+                self.grad_grid = torch.empty(self.grid.shape, device=grid.device)
+            ungated = grad_gates @ context_weight * torch.sigmoid(self.steps.pre[rows, A:A + D])
+            cells, ungated = (x.view(T, B, N // B, -1).transpose(0, 1).flatten(1, 2)
+                              for x in (self.steps.cells[rows], ungated))
+            decoder = self.decoder.decoder
+            on_mean = grad_h.float() @ decoder.init_h.weight + grad_c.float() @ decoder.init_c.weight  # (B, D)
+            self.grad_grid.flatten(1, 2).copy_(
+                cells.to(ungated).transpose(1, 2) @ ungated
+                + on_cells @ decoder.attention.encoder_att.weight.to(self.dtype)
+                + self.pool.mean(dim=0)[:, None] * on_mean[:, None])
+
+    def run(self, what, T, *given):
+        """Args: what (str): forward or backward. T (int): steps. given: of that."""
+        recorded = self.graphs.setdefault((what, T, *given), Recorded(self.memory))
+        recorded(functools.partial(getattr(self, what), T, *given))
 
 
-loops = {}  # the loop of the last shapes
-
-
-def find_loop(*given):
-    """A loop whose buffers fit these inputs: the last one, if it fits and is free. Args: see Loop."""
-    word_input, rest = given[6], [*given[:6], *given[7:]]
-    shapes = word_input.device, word_input.dtype, word_input.shape[1:], *(x.shape for x in rest)
-    if shapes not in loops or loops[shapes].T < len(word_input) or loops[shapes].is_busy:
-        loops.clear()  # first: memory may not hold two
-        loops[shapes] = Loop(*given)
-    return loops[shapes]
+def find_loop(decoder, grid, words, dtype):
+    """A loop whose buffers fit these inputs: the decoder's last one, if it fits and is free. Args: see Loop."""
+    loop = decoder.loop
+    if loop is None or loop.is_busy or loop.T < len(words) or (
+            loop.grid.shape, loop.words.shape[1:], loop.dtype, loop.grid.device) != (
+            grid.shape, words.shape[1:], dtype, grid.device):
+        decoder.loop = None  # first: memory may not hold two
+        decoder.loop = Loop(decoder, grid, words, dtype, is_trained=True)
+    return decoder.loop
 
 
 class TimeLoop(torch.autograd.Function):
-    """The loop of models.DecoderWithAttention.forward, and its gradient by backpropagation through time.
+    """models.DecoderWithAttention.forward up to the states, and its gradient by backpropagation through time.
 
     Args:
-        grid (B, G, D), pool (P, G), keys (B, P, A), energy_weight (A,), its bias (1,), which a softmax ignores, h and c
-        (N, H) before the loop, word_input (T, N, 4H), h_weight (W, H), h_bias (W,), context_weight (4H, D), lengths:
-        int64 (N,), the steps of each caption; is_trained (bool): a backward pass will follow, and the next loop is
-        likely to have the same shapes.
+        decoder (FastDecoder). grid: (B, h, w, D). words: (T, N, E), embedded. lengths: int64 (N,), the steps of each
+        caption. is_trained (bool): a backward pass will follow, and the next loop is likely to have the same shapes.
+        parameters: the decoder's looped_parameters.
     Returns:
         h after every step, (T, N, H); alpha, float32 (T, N, P), 0 after a caption's end.
     """
 
     @staticmethod
-    def forward(ctx, grid, pool, keys, energy_weight, energy_bias, h, c, word_input, h_weight, h_bias, context_weight,
-                lengths, is_trained):
-        T, N, _ = word_input.shape
-        given = grid, pool, keys, energy_weight, h, c, word_input, h_weight, h_bias, context_weight, lengths
-        loop = find_loop(*given) if is_trained else Loop(*given)
-        for mine, x in zip(loop.inputs, given):
-            mine[:len(x)].copy_(x)
+    def forward(ctx, decoder, grid, words, lengths, is_trained, *parameters):
+        T, N, _ = words.shape
+        kind = grid.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        loop = find_loop(decoder, grid, words, dtype) if is_trained else Loop(decoder, grid, words, dtype, False)
+        for mine, x in ((loop.grid, grid), (loop.words[:T], words), (loop.lengths, lengths)):
+            mine.copy_(x)
         loop.run("forward", T)
         ctx.loop, ctx.T, loop.is_busy = loop, T, is_trained
         return tuple(x[:T * N].view(T, N, -1).clone() for x in (loop.steps.h, loop.steps.alpha))
@@ -182,30 +241,14 @@ class TimeLoop(torch.autograd.Function):
         loop, T, ctx.loop = ctx.loop, ctx.T, None
         if loop is None:
             raise RuntimeError("the backward pass of a fused time loop can run once")
-        grid, _, keys, energy_weight, h, *_, context_weight, lengths = loop.inputs
-        (B, P, A), D, (N, H) = keys.shape, grid.shape[2], h.shape
-        loop.grad_h[:T * N].view(T, N, H).copy_(grad_h)
-        loop.grad_alpha[:T * N].view(T, N, P).copy_(grad_alpha)
-        loop.run("backward", T)
-
-        parts, rows = triton.cdiv(P, KEYS), slice(T * N)
-        grad_keys = torch.empty_like(keys, dtype=torch.float32)
-        grad_energy_weight = grad_keys.new_empty(B, parts, A)
-        keys_gradient[(B, parts, triton.cdiv(A, KEYS))](
-            loop.grad_energy, loop.steps.pre, keys, energy_weight, lengths, grad_keys, grad_energy_weight, N, N // B, A,
-            A + D + 4 * H, P, KEYS)
-        grad_pre, h_before = loop.grad_pre[rows], torch.cat([h, loop.steps.h[:(T - 1) * N]])
-        grad_gates, grad_grid = grad_pre[:, A + D:], None
-        if ctx.needs_input_grad[0]:  # of each picture, the sum over its captions and their steps
-            ungated = grad_gates @ context_weight * torch.sigmoid(loop.steps.pre[rows, A:A + D])
-            cells, ungated = (x.view(T, B, N // B, -1).transpose(0, 1).flatten(1, 2)
-                              for x in (loop.steps.cells[rows], ungated))
-            grad_grid = cells.to(ungated).transpose(1, 2) @ ungated
-        grads = (grad_grid, None, grad_keys, grad_energy_weight.sum(dim=(0, 1)), grad_keys.new_zeros(1),
-                 loop.later_h.clone(), loop.later_c.clone(), grad_gates.reshape(T, N, 4 * H), grad_pre.T @ h_before,
-                 grad_pre.sum(dim=0, dtype=torch.float32), grad_gates.T @ loop.steps.context[rows], None, None)
+        for mine, x in ((loop.grad_h, grad_h), (loop.grad_alpha, grad_alpha)):
+            mine[:T * len(loop.lengths)].view_as(x).copy_(x)
+        loop.run("backward", T, ctx.needs_input_grad[1])
         loop.is_busy = False
-        return grads
+        grad_grid = loop.grad_grid.clone() if ctx.needs_input_grad[1] else None
+        grads = torch.cat([x.flatten() for x in loop.grads]).split([x.numel() for x in loop.grads])
+        return (None, grad_grid, loop.grad_words[:T].to(torch.float32, copy=True), None, None,
+                *(x.view_as(mine) for x, mine in zip(grads, loop.grads)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -338,6 +338,12 @@ class WithoutAsynchronousCopies(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("device, given, batch", [
+    ("cpu", 32, 32), ("cuda", 32, 128), ("cuda", 8, 32), ("cuda", 256, 256)])
+def test_a_gpu_validates_larger_batches(device, given, batch):
+    assert train.for_validation(Config(batch_size=given), torch.device(device)).batch_size == batch
+
+
 def test_a_device_without_float64_can_train(run, monkeypatch):
     class Float32Sums(train.Sums):
         def __init__(self, *_):
