@@ -55,7 +55,7 @@ class FastDecoder(nn.Module):
         super().__init__()
         self.decoder, self.written = decoder, attention
         self.embed_dim, self.encoded_image_size = decoder.embedding.embedding_dim, decoder.encoded_image_size
-        self.loop = None  # of kernels.py
+        self.loops = []  # of kernels.py, for the next passes
 
     def embedding(self, words):
         return self.decoder.embedding(words)

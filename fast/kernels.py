@@ -96,7 +96,7 @@ class Loop:
         empty, exact = functools.partial(torch.empty, device=grid.device, dtype=dtype), torch.float32
         self.grid, self.words = empty(grid.shape), empty(words.shape)
         self.lengths = empty(N, dtype=torch.int64)
-        self.graphs, self.is_busy = {}, False  # busy: until its backward pass has run
+        self.graphs = {}
         self.memory = torch.cuda.graph_pool_handle() if grid.is_cuda else None  # of all graphs, which run in turns
         pixels, *read = self.around_steps(self.T)
         types = dtype, exact, dtype, exact, dtype, dtype, dtype, dtype
@@ -201,15 +201,14 @@ class Loop:
         recorded(functools.partial(getattr(self, what), T, *given))
 
 
-def find_loop(decoder, grid, words, dtype):
-    """A loop whose buffers fit these inputs: the decoder's last one, if it fits and is free. Args: see Loop."""
-    loop = decoder.loop
-    if loop is None or loop.is_busy or loop.T < len(words) or (
-            loop.grid.shape, loop.words.shape[1:], loop.dtype, loop.grid.device) != (
-            grid.shape, words.shape[1:], dtype, grid.device):
-        decoder.loop = None  # first: memory may not hold two
-        decoder.loop = Loop(decoder, grid, words, dtype, is_trained=True)
-    return decoder.loop
+def take_loop(decoder, grid, words, dtype):
+    """A loop whose buffers fit these inputs, of those that have done their backward pass. Args: see Loop."""
+    needed = grid.shape, words.shape[1:], dtype, grid.device
+    for place, loop in enumerate(decoder.loops):
+        if (loop.grid.shape, loop.words.shape[1:], loop.dtype, loop.grid.device) == needed and loop.T >= len(words):
+            return decoder.loops.pop(place)
+    decoder.loops.clear()  # first: memory may not hold one more
+    return Loop(decoder, grid, words, dtype, is_trained=True)
 
 
 class TimeLoop(torch.autograd.Function):
@@ -228,11 +227,11 @@ class TimeLoop(torch.autograd.Function):
         T, N, _ = words.shape
         kind = grid.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        loop = find_loop(decoder, grid, words, dtype) if is_trained else Loop(decoder, grid, words, dtype, False)
+        loop = take_loop(decoder, grid, words, dtype) if is_trained else Loop(decoder, grid, words, dtype, False)
         for mine, x in ((loop.grid, grid), (loop.words[:T], words), (loop.lengths, lengths)):
             mine.copy_(x)
         loop.run("forward", T)
-        ctx.loop, ctx.T, loop.is_busy = loop, T, is_trained
+        ctx.loop, ctx.T = loop, T
         return tuple(x[:T * N].view(T, N, -1).clone() for x in (loop.steps.h, loop.steps.alpha))
 
     @staticmethod
@@ -244,9 +243,9 @@ class TimeLoop(torch.autograd.Function):
         for mine, x in ((loop.grad_h, grad_h), (loop.grad_alpha, grad_alpha)):
             mine[:T * len(loop.lengths)].view_as(x).copy_(x)
         loop.run("backward", T, ctx.needs_input_grad[1])
-        loop.is_busy = False
         grad_grid = loop.grad_grid.clone() if ctx.needs_input_grad[1] else None
         grads = torch.cat([x.flatten() for x in loop.grads]).split([x.numel() for x in loop.grads])
+        loop.decoder.loops.insert(0, loop)  # of two passes in a step each finds its own again
         return (None, grad_grid, loop.grad_words[:T].to(torch.float32, copy=True), None, None,
                 *(x.view_as(mine) for x, mine in zip(grads, loop.grads)))
 
