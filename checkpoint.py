@@ -70,7 +70,8 @@ def read_checkpoint(path):
         found = f"name one to eval.py or demo.py: --checkpoint {shlex.quote(str(other))}"
         if other.name.endswith("_.pth.tar"):  # as the original names its own
             found = f"import the original's: python models/import_original.py {shlex.quote(str(other))} WORDMAP.json"
-        raise UserError(f"{path} does not exist: train a model with train.py, or {found}")
+        raise UserError(f"{path} does not exist: check --preset and --model_dir; train a model with train.py, without "
+                        f"--resume; or {found}")
     try:
         with zipfile.ZipFile(path) as file:  # torch.load verifies no checksums: a flipped bit would be another weight
             check_members(file, path)
@@ -151,7 +152,8 @@ def load_models(checkpoint, config, source):
                 module.load_state_dict(dict(checkpoint[half]), assign=device == "meta")
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"the weights in {source} are of another architecture than its settings: "
-                        f"{' '.join(str(error).split())[:300]}") from None
+                        f"{' '.join(str(error).split())[:300]}; use models.py as it was at the training (commit "
+                        f"{checkpoint.get('git_revision', 'unknown')}, + for changes since)") from None
     return models
 
 
@@ -185,7 +187,8 @@ def open_checkpoint(args):
     Returns:
         dict, Config, torch.device, Encoder, DecoderWithAttention, both in eval mode
     """
-    path = args.checkpoint or Path(get_config(args.preset, args.flags).model_dir) / BEST_CHECKPOINT
+    args.checkpoint = path = Path(args.checkpoint
+                                  or Path(get_config(args.preset, args.flags).model_dir) / BEST_CHECKPOINT)
     checkpoint = load_checkpoint(path)
     config = get_config(flags=args.flags, trained=checkpoint["config"])
     device = get_device(config)

@@ -135,7 +135,8 @@ def get_config(preset="ai_challenger", flags=None, trained=None):
         return Config(**{**PRESETS[preset], **flags})
     unknown = sorted(map(str, trained.keys() - {field.name for field in dataclasses.fields(Config)}))
     if unknown:
-        raise UserError(f"the checkpoint has settings that this version does not know: {', '.join(unknown)}")
+        raise UserError(f"the checkpoint has settings that this version does not know ({', '.join(unknown)}): use the "
+                        f"code that it was trained with")
     for name in ARCHITECTURE:
         was = trained.get(name, getattr(Config, name))  # of a checkpoint that is older than the setting: the default
         if flags.get(name, was) != was:
@@ -164,13 +165,18 @@ def parse_args(description, own=None, argv=None):
     fields = dataclasses.fields(Config)
     for field in fields:
         parser.add_argument(f"--{field.name}", type=boolean if field.type is bool else field.type,
-                            default=argparse.SUPPRESS, metavar=field.type.__name__.upper(),
+                            default=argparse.SUPPRESS,
+                            metavar="true|false" if field.type is bool else field.type.__name__.upper(),
                             help=f"{comments[field.name]} ({field.default})".replace("%", "%%"))
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-        raise UserError(f"unknown flag {unknown[0]!r}" + (f": did you mean {close[0]}?" if close else "; see --help"))
+        if not unknown[0].startswith("-"):
+            raise UserError(f"{unknown[0]!r} belongs to no flag, each of which takes one value: see --help")
+        given, known = unknown[0].split("=")[0], [name for action in parser._actions for name in action.option_strings]
+        close = [name for name in known if given.strip("-") in name.strip("-").split("_")]  # --lr of --decoder_lr
+        close = close or difflib.get_close_matches(given, known, n=1)
+        raise UserError(f"unknown flag {unknown[0]!r}" + (f": did you mean {', '.join(close)}?" if close else
+                                                          "; see --help"))
     args.flags = {field.name: getattr(args, field.name) for field in fields if hasattr(args, field.name)}
     return args
 
@@ -200,4 +206,4 @@ def boolean(text):
 
 def fail(message):
     """Raise UserError, for argparse's `parser.error`."""
-    raise UserError(message)
+    raise UserError(message.replace("expected one argument", "expected a value (of a switch true or false)"))

@@ -181,7 +181,8 @@ def load_word_map(data_dir):
     try:
         word_map = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: run pre_process.py (--overwrite if only this file was lost)") from None
+        raise UserError(f"{path} does not exist: name the data by --preset or --data_dir, or run pre_process.py "
+                        f"(--overwrite if only this file was lost)") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): pre_process.py --overwrite writes it anew") from None
     return check_word_map(word_map, path)
@@ -326,7 +327,8 @@ def open_split(path, expected):
         UserError: missing, truncated, made with other settings, or not a file of pre_process.py.
     """
     if not path.exists():
-        raise UserError(f"{path} does not exist: run pre_process.py first")
+        raise UserError(f"{path} does not exist: name the data by --preset or --data_dir, or run pre_process.py, which "
+                        f"makes those splits whose archives are there")
     try:
         with h5py.File(path) as file:
             for name, value in expected.items():

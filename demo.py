@@ -62,7 +62,8 @@ def main():
         write_text(args.html, html_page(model, positions, entries))
         print(f"Wrote {args.html}")
     if bad:
-        raise UserError(f"{bad} of {len(paths)} pictures could not be read (see above); the others are done")
+        raise UserError(f"{bad} of {len(paths)} pictures could not be read (see above)"
+                        + ("; the others are done" if bad < len(paths) else ""))
 
 
 def find_pictures(image):

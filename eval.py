@@ -77,7 +77,7 @@ def main():
     entries = [dict(image_id=image_id, caption="".join(caption["words"]), words=caption["words"],
                     score=caption["score"], ended=caption["ended"], references=raw)
                for image_id, caption, raw in zip(dataset.image_ids, captions, dataset.raw_captions)]
-    path = Path(args.results or Path(config.model_dir) / f"results_{args.split}_beam{args.beam_size}.json")
+    path = Path(args.results or args.checkpoint.with_name(f"results_{args.split}_beam{args.beam_size}.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(dict(protocol=protocol, scores=scores, diagnosis=diagnosis, warnings=warnings,
                                      captions=entries), ensure_ascii=False, indent=1))

@@ -447,7 +447,7 @@ def load_resnet(name, weights):
             if not all(tensor.isfinite().all() for tensor in resnet.state_dict().values()):
                 raise ValueError("some of its numbers are not finite")
         except Exception as error:  # torch.load raises whatever a broken file leads it to
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"--encoder_weights {weights} is not a state dict of torchvision's {name} ({reason})"
-                            ) from None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"--encoder_weights {weights} cannot be read as a state dict of torchvision's {name} "
+                            f"({reason:.300})") from None
     return resnet

@@ -82,9 +82,14 @@ def command_line():
 
 
 def git_revision():
-    """The commit of this code, with "+" if it was changed since; "unknown" outside a git checkout. Returns: str."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+"]
+    """The commit of this code, with "+" if a Python file was changed since; "unknown" outside a git checkout.
+
+    Returns: str.
+    """
+    def git(*command):
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *command], capture_output=True, text=True,
+                              check=True, timeout=10).stdout.strip()
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("diff", "--name-only", "HEAD", "--", "*.py"))
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -22,6 +22,7 @@ Departures from the original, and why:
 - State dicts, not pickled modules: any version of the code can read them, and reading them runs none.
 """
 import math
+import os
 import signal
 import sys
 import time
@@ -94,6 +95,9 @@ def main():
         notes = begin_self_critical(progress, checkpoint, path, rank)
     elif checkpoint:
         notes = resume(progress, optimizers, checkpoint, config, args.flags, path, world_size)
+        if why := finished(config, progress):
+            notes.append(f"nothing to train: {why}; to continue, --resume with a larger --epochs or "
+                         f"--early_stop_epochs, another rate, or --fine_tune_encoder true")
     recent, averages = Sums(progress.recent, device, rank), Averages(optimizers, config.ema_decay)
     scaler = make_scaler(config, device)
     if progress.scaler:
@@ -122,8 +126,7 @@ def main():
             save_checkpoint(saved, path)
 
     pause = Pause(config.checkpoint_minutes, save)
-    while (progress.epoch - progress.began < config.epochs
-           and progress.epochs_since_improvement < config.early_stop_epochs):
+    while not finished(config, progress):
         training = None
         with suppress(torch.OutOfMemoryError):
             training = train_one_epoch(runs.training_encoder, train_decoder, objective, optimizers, scaler, averages,
@@ -178,7 +181,8 @@ def load_data(config, checkpoint, path, device, rank, world_size):
     """Returns: word map (dict), DataLoader of the training pictures, DataLoader of the validation pictures."""
     word_map = load_word_map(config.data_dir)
     if checkpoint and checkpoint["word_map"] != word_map:
-        raise UserError(f"{path} was trained with another word map than {config.data_dir}/WORDMAP.json")
+        raise UserError(f"{path} was trained with another word map than {config.data_dir}/WORDMAP.json: point "
+                        f"--data_dir at the data of that run, or train anew with another --model_dir")
     train_set, valid_set = (CaptionDataset(config, split, word_map) for split in ("train", "valid"))
     if not any(valid_set.raw_captions):
         raise UserError(f"{valid_set.path} has no captions to choose the best checkpoint by")
@@ -259,6 +263,8 @@ def resume(progress, optimizers, checkpoint, config, flags, path, world_size):
                          f"stays so")
         elif given is not None:
             optimizer.param_groups[0]["lr"] = given
+            if given != rate:
+                progress.epochs_since_improvement = 0  # what stopped improving was at the other rate
     return notes
 
 
@@ -326,6 +332,8 @@ class Pause:
     def remember(self, number, frame):
         if not self.signal:
             self.signal, self.asked = number, time.monotonic()
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                os.write(2, b"\nsaving after this step\n")  # print may be what the signal interrupts
         elif time.monotonic() > self.asked + 10:  # Ctrl-C comes from the terminal and from torchrun, both meaning one
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -719,10 +727,16 @@ def epoch_line(entry):
             f"{'  best' if entry['best'] else ''}")
 
 
+def finished(config, progress):
+    """Why a run, or its second phase, is over. Returns: str; None where it is not."""
+    if progress.epoch - progress.began >= config.epochs:
+        return f"all {config.epochs} epochs done"
+    if progress.epochs_since_improvement >= config.early_stop_epochs:
+        return f"no better score for {progress.epochs_since_improvement} epochs"
+
+
 def last_line(config, progress, path):
-    reason = (f"no better score for {config.early_stop_epochs} epochs"
-              if progress.epoch < config.epochs else f"all {config.epochs} epochs done")
-    return (f"Finished ({reason}); best CIDEr on valid, greedy: {progress.best[0]:.4f}, in "
+    return (f"Finished ({finished(config, progress)}); best CIDEr on valid, greedy: {progress.best[0]:.4f}, in "
             f"{path.with_name(BEST_CHECKPOINT)}")
 
 

@@ -87,7 +87,7 @@ def test_evaluation_of_uniform_attention_and_without_java(best, tmp_path, monkey
     flags = ["--checkpoint", tmp_path / "blind.pth.tar", "--split", "test_a", "--beam_size", 1]
     monkeypatch.setenv("PATH", str(tmp_path))
     lines = call(eval.main, *flags).out.splitlines()
-    results = json.loads((best.parent / "results_test_a_beam1.json").read_text(encoding="utf-8"))
+    results = json.loads((tmp_path / "results_test_a_beam1.json").read_text(encoding="utf-8"))
     assert sum(line.startswith("METEOR is left out: ") for line in lines) == 1 and "METEOR" not in results["scores"]
     assert results["diagnosis"]["attention_shift"] < 0.01 and results["diagnosis"]["attention_entropy"] > 0.99
     assert len(results["warnings"]) >= 2 and all(f"warning: {text}" in lines for text in results["warnings"])

@@ -184,7 +184,8 @@ def test_rates_fall_and_fine_tuning_can_begin_later(run, tmp_path, monkeypatch):
     rates = [line["rates"] for line in read_log(tmp_path)[0]]
     assert rates == [dict(decoder_lr=4e-4), dict(decoder_lr=4e-4), dict(decoder_lr=0.8 * 4e-4)]
     before = last_checkpoint(tmp_path)
-    assert "no better score for 2 epochs" in run(*decay, "--epochs", 9, "--resume")
+    printed = run(*decay, "--epochs", 9, "--resume")
+    assert "nothing to train" in printed and "no better score for 2 epochs" in printed
     printed = run(*decay, "--epochs", 4, "--resume", "--fine_tune_encoder", "true", "--encoder_lr", 0.01)
     assert "rates: decoder_lr 0.000256, encoder_lr 0.01;" in printed and "all 4 epochs done" in printed
     name = "resnet.7.0.conv1.weight"
@@ -195,13 +196,22 @@ def test_rates_fall_and_fine_tuning_can_begin_later(run, tmp_path, monkeypatch):
 def test_a_rate_on_the_command_line_counts_once(given, in_force):
     """A restart repeats the command, and so does a requeued job: the decay since then is not undone, as a line says."""
     weight = [torch.nn.Parameter(torch.zeros(2))]
+    stopped = train.Progress(run="run", batches={}, epochs_since_improvement=20)
     saved = dict(optimizers=dict(decoder=torch.optim.Adam(weight, lr=2.5e-4).state_dict()), world_size=1,
-                 config=dict(decoder_lr=1e-3), progress=vars(train.Progress(run="run", batches={})))
+                 config=dict(decoder_lr=1e-3), progress=vars(stopped))
     optimizers = dict(decoder=torch.optim.Adam(weight, lr=given or 1e-3))
-    notes = train.resume(train.Progress(run="new", batches={}), optimizers, saved, Config(),
-                         dict(decoder_lr=given) if given else {}, "checkpoint.pth.tar", 1)
+    progress = train.Progress(run="new", batches={})
+    notes = train.resume(progress, optimizers, saved, Config(), dict(decoder_lr=given) if given else {},
+                         "checkpoint.pth.tar", 1)
     assert train.rates(optimizers) == dict(decoder_lr=in_force)
     assert ("0.00025" in "".join(notes)) == (given == 1e-3) and len(notes) == (given == 1e-3)
+    assert (train.finished(Config(), progress) is None) == (given == 5e-4), "another rate begins a new wait"
+
+
+@pytest.mark.parametrize("epoch, waited, why", [(5, 0, "all 4 epochs"), (4, 20, "for 20 epochs"), (4, 0, None)])
+def test_the_second_phase_counts_its_own_epochs(epoch, waited, why):
+    progress = train.Progress(run="run", batches={}, epoch=epoch, began=1, epochs_since_improvement=waited)
+    assert (why or "None") in str(train.finished(Config(epochs=4), progress))
 
 
 def epoch_of(tiny_flags, *flags):
