@@ -1,8 +1,8 @@
 """Show, Attend and Tell (Xu et al. 2015, arXiv 1502.03044) with soft attention, in the paper's order.
 
-Symbols: B pictures, K captions per picture, P pixels the attention chooses among, T steps, M real tokens, D encoder
-dim, A attention dim, E word embedding dim, H decoder dim, V words. "Eq." and "section" refer to the paper; parameters
-have the names of the PyTorch original.
+Symbols: B pictures, K captions per picture, P pixels the attention chooses among (the paper's L), T steps, M real
+tokens, D encoder dim, A attention dim, E word embedding dim, H decoder dim, V words. "Eq." and "section" refer to the
+paper; parameters have the names of the PyTorch original.
 
 This is the model that runs. fast/ holds the same model rearranged for speed and is compared with this file at every
 start: where it gives other numbers, as after an edit here, this file runs as written. `--fast false` turns it off.
@@ -11,9 +11,9 @@ Departures from the original:
 - The K captions of a picture are decoded side by side, so the encoder and `encoder_att` run once per picture.
 - A frozen layer stays in eval mode: its batch norms must not drift.
 - Generated captions never contain <pad>, <start> or <unk>, and one that does not end is returned as it stands.
-Departures from the paper that the original already made: a ResNet instead of VGG, a gate beta per feature instead of
-one number, words scored from the state alone, fc(dropout(h)), instead of the deep output of Eq. 7, and the last term of
-Eq. 14 as a mean over the pixels.
+Departures from the paper that the original already made: a ResNet instead of VGG; a gate beta per feature, not one
+number; f_init is linear, not an MLP; words are scored by fc(dropout(h)) instead of the deep output of Eq. 7; the terms
+of Eq. 14 are means, over the tokens and over captions and pixels.
 """
 from typing import NamedTuple
 from urllib.error import URLError
@@ -30,7 +30,7 @@ from utils import UserError, to_device
 class Encoder(nn.Module):
     """The annotation vectors (section 3.1.1): the feature map of a convolutional network.
 
-    Another network is a change of `backbone` alone: its stages, and what everything else follows from.
+    For another network change `backbone` alone: it gives the stages, and all that the rest depends on.
 
     Args:
         name (str): of a network that `backbone` knows. weights (str): imagenet, none, or the path of a state dict.
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
 
     def fine_tune(self, layers):
         """Choose what is trained: none; top, the stages that the original fine-tunes; or all, for random weights."""
-        self.frozen = dict(none=len(self.resnet), top=self.top, all=0)[layers]  # so many of the first stages
+        self.frozen = dict(none=len(self.resnet), top=self.top, all=0)[layers]  # the first stages, so many
         for number, stage in enumerate(self.resnet):
             stage.requires_grad_(number >= self.frozen)
 
@@ -64,8 +64,8 @@ class Encoder(nn.Module):
 
 
 def backbone(name, weights, stride):
-    """The network in the encoder's place: torchvision's ResNet without its last two layers, nor layer4 where the stride
-    is 16, nor layer3 where it is 8.
+    """The convolutional network: torchvision's ResNet without its last two layers; where the stride is 16 also without
+    layer4, where it is 8 also without layer3.
 
     Returns:
         nn.Sequential: stages, float (B, 3, S, S) -> (B, D, h, w).
@@ -233,14 +233,14 @@ def self_critical_loss(scores, targets, caption_lengths, rewards, word_map):
         dict: see caption_loss.
     """
     K = rewards.shape[1]
-    advantages = (rewards - rewards.mean(dim=1, keepdim=True)) * K / (K - 1)
+    advantages = (rewards - rewards.mean(dim=1, keepdim=True)) * K / (K - 1)  # minus the mean of the others
     steps = to_device((caption_lengths - 1).flatten(), scores.device)  # a caption's tokens
     advantages = advantages.to(scores.dtype).flatten().repeat_interleave(steps, output_size=len(targets))  # (M,)
     log_p = log_policy(scores, never_generated(word_map, scores.device)).gather(1, targets[:, None]).squeeze(1)
     return dict(
         policy_gradient=Term(-(advantages * log_p).sum(), "tokens", 1.0),
         reward=Term(rewards.sum(), "captions"),
-        reward_spread=Term(rewards.std(dim=1).sum() * K, "captions"))  # between the samples of a picture
+        reward_spread=Term(rewards.std(dim=1).sum() * K, "captions"))  # between a picture's samples; K captions
 
 
 def log_policy(scores, never):
@@ -284,6 +284,7 @@ def sample(decoder, grid, draws, word_map):
     for draw in draws.unbind(dim=2):
         h, c, _ = decoder.step(features, decoder.embedding(captions[-1]), h, c)
         cumulative = log_policy(decoder.fc(h), never).exp().cumsum(dim=2)
+        # The first word whose cumulative probability exceeds the draw; the draws are smaller than 1, the sums nearly 1.
         word = torch.searchsorted(cumulative, draw.unsqueeze(2) * cumulative[:, :, -1:], right=True).squeeze(2)
         captions.append(word.where(active, word_map[PAD]))
         active = active & (word != word_map[END])
@@ -324,16 +325,17 @@ def beam_search(decoder, grid, beam_size, max_len, word_map, length_penalty=0.0)
     word = torch.full((B, K), word_map[START], device=device)
     score = torch.full((B, K), -torch.inf, device=device)
     score[:, 0] = 0  # all beams begin alike, so one of them is enough
-    seats = torch.full((B,), K, device=device)  # beams that have not ended
-    active = torch.arange(B, device=device)  # pictures that are not finished
+    seats = torch.full((B,), K, device=device)  # of each picture, beams that have not ended
+    active = torch.arange(B, device=device)  # pictures that are not finished; b of them
     P = decoder.encoded_image_size ** 2
     words, alphas = word.new_empty(B, K, 0), score.new_empty(B, K, 0, P)  # of each beam so far, (b, K, t, ...)
-    best, sums = score.new_full((2, B), -torch.inf)  # of each picture's best caption: its rank, and what it is
+    best, sums = score.new_full((2, B), -torch.inf)  # of each picture's best caption: what it is ranked by, its sum
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     out, out_alphas = word.new_full((B, T), word_map[PAD]), score.new_zeros(B, T, P)
 
     for t in range(T):
         h, c, alpha = decoder.step(features, decoder.embedding(word), h, c)
+        # Normalised over all words, as the original's scores are, also those that are never generated.
         log_p = F.log_softmax(decoder.fc(h).float(), dim=2).index_fill(2, never, -torch.inf)  # (b, K, V)
         score, index = first_largest((score.unsqueeze(2) + log_p).flatten(1), K)  # (b, K)
         rows, parent, word = torch.arange(len(h), device=device).unsqueeze(1), index // V, index % V
@@ -355,6 +357,7 @@ def beam_search(decoder, grid, beam_size, max_len, word_map, length_penalty=0.0)
         out[now, :t + 1], out_alphas[now, :t + 1] = words[better, which], alphas[better, which]
 
         score, seats = open_score, seats - ends.sum(dim=1)
+        # At best an open beam keeps its sum, and is T words long in the end.
         searched = (score.max(dim=1).values / T ** length_penalty > best[active]) & (seats > 0)
         if not searched.any():
             break

@@ -54,7 +54,11 @@ PICTURES_SHOWN = 4  # validation pictures drawn in TensorBoard after every epoch
 
 @dataclass
 class Progress:
-    """Where a run is, besides its weights: all that every checkpoint saves of it, `recent` excepted, as it stands."""
+    """Where a run is, besides its weights; a checkpoint saves all of it.
+
+    A "reading" happens every `print_freq` batches: only then is the device waited for, and sums are fetched, checked
+    for NaN, shown and logged.
+    """
 
     run: str  # its folder in log_dir; self-critical training has another
     batches: dict  # what an epoch's batches depend on
@@ -122,7 +126,7 @@ def main():
         if best:
             with averages.in_place(True):
                 save_checkpoint(saved, path.with_name(BEST_CHECKPOINT))
-        with averages.in_place(False):  # also in the middle of a validation
+        with averages.in_place(False):  # a validation, with the averages in place, may be interrupted
             save_checkpoint(saved, path)
 
     pause = Pause(config.checkpoint_minutes, save)
@@ -340,7 +344,7 @@ class Pause:
 
     def __call__(self):
         due = time.monotonic() - self.since > self.seconds
-        order = largest_of_processes(self.signal or -int(not due))  # a signal's number; 0: save; -1: train on
+        order = largest_of_processes(self.signal or -int(not due))  # a signal; or 0, save; or -1, train on
         if order < 0:
             return
         self.save()
@@ -459,7 +463,8 @@ def draws_of_step(config, step):
 class Averages:
     """Exponential moving averages of the trained weights (Polyak and Juditsky 1992), kept in the optimizers' states.
 
-    Args: optimizers (dict). decay (float): per step; less in the first steps; 0: there are none.
+    Args: optimizers (dict). decay (float): per step; in the first ones (1 + step) / (10 + step), as TensorFlow's
+    ExponentialMovingAverage has it; 0: there are none.
     """
 
     def __init__(self, optimizers, decay):
@@ -533,7 +538,7 @@ def train_one_epoch(encoder, decoder, objective, optimizers, scaler, averages, l
             terms, counts, spent = objective(encoder, decoder, images, captions, lengths, config, progress.step)
         numbers = to_device(torch.stack([*counts.values()]), device)
         total = dict(zip(counts, sum_over_processes(numbers.clone()).clamp(min=1)))
-        # The gradients of all processes are averaged, but these are parts of one sum.
+        # DistributedDataParallel averages the gradients of the processes, but these are parts of one sum.
         loss = world_size * sum(term.weight * term.sum / total[term.per] for term in terms.values() if term.weight)
         number = progress.batch + 1
         is_read = number % config.print_freq == 0 or number == steps
