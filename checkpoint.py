@@ -1,6 +1,5 @@
 """Checkpoints: tensors and plain containers only, written whole or not at all, and one way to read them."""
 import io
-import math
 import os
 import re
 import shlex
@@ -78,8 +77,6 @@ def read_checkpoint(path):
             if (part := file.testzip()) is not None:
                 raise ValueError(f"the checksum of {part} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["version"] == 2:
-            checkpoint = from_version_2(checkpoint)
         if checkpoint["version"] != CHECKPOINT_VERSION:
             raise UserError(f"it has version {checkpoint['version']!r:.80}, this code reads {CHECKPOINT_VERSION}")
         if FIELDS - checkpoint.keys():
@@ -104,20 +101,6 @@ def is_plain(tensor):
     """Whether this is a plain tensor of finite numbers, all stored in the file: an expanded one can claim any size."""
     return (type(tensor) is torch.Tensor and tensor.layout is torch.strided and tensor.device.type == "cpu"
             and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes() and bool(tensor.isfinite().all()))
-
-
-def from_version_2(checkpoint):
-    """Convert a checkpoint of version 2, whose sums were lists and whose progress lay at the top. Returns: dict."""
-    names = "cross_entropy", "coverage", "top5", "tokens", "captions", "images"
-    progress = {name: checkpoint[name] for name in ("run", "batches", "epoch", "batch", "step", "seconds",
-                                                    "epochs_since_improvement", "reading", "entry")}
-    best = checkpoint["best_score"]  # at first of CIDEr alone; a tie with that is no improvement
-    progress.update(
-        sums=dict(zip(names, checkpoint["totals"])), recent=dict(zip(names, checkpoint["recent"])),
-        terms=dict(cross_entropy=("tokens", 1.0), coverage=("captions", float(checkpoint["config"]["alpha_c"])),
-                   top5=("tokens", 0.0)),
-        best=best if isinstance(best, list) else [best, math.inf, math.inf])
-    return {**checkpoint, "version": 3, "progress": progress}
 
 
 def way_back(path):

@@ -241,8 +241,8 @@ class CaptionDataset(Dataset):
 
     Args:
         config (Config). split (str). word_map (dict): that the ids must be of; None where only the text is used.
-    Attributes: image_ids (list of str), raw_captions (list of lists of str, per picture), images_digest (str or None:
-    sha256 of all pixels, as pre_process.py computed it).
+    Attributes: image_ids (list of str), raw_captions (list of lists of str, per picture), images_digest (str: sha256
+    of all pixels, as pre_process.py computed it).
     Raises:
         UserError: missing, damaged, of other settings or of another word map.
     """
@@ -256,7 +256,7 @@ class CaptionDataset(Dataset):
         if word_map:
             expected["word_map_digest"] = word_map_digest(word_map)
         with open_split(self.path, expected) as file:
-            self.images_digest = file.attrs.get("images_digest")
+            self.images_digest = file.attrs["images_digest"]
             self.captions = torch.from_numpy(file["captions"][:].astype(np.int64))
             self.caption_lengths = torch.from_numpy(file["caption_lengths"][:].astype(np.int64))
             self.image_ids = file["image_ids"].asstr()[:].tolist()

@@ -176,17 +176,3 @@ def self_critical_loss(decoder, encoder_out, samples, rewards, word_map):
         log_p = policy(scores[0], word_map).gather(1, captions[:, 1:].T).sum()
         loss = loss - (rewards[i, k].item() - sum(others) / len(others)) * log_p
     return loss / sum(map(len, samples))
-
-
-@torch.no_grad()
-def greedy_search(decoder, encoder_out, max_len, word_map):
-    """The most probable word at every step: encoder_out (1, s, s, D) -> ids."""
-    a, h, c = decoder.start(encoder_out)
-    ids = []
-    while len(ids) <= max_len and ids[-1:] != [word_map[END]]:
-        word = torch.tensor([ids[-1] if ids else word_map[START]], device=a.device)
-        h, c, _ = decoder.step(a, word, h, c)
-        scores = decoder.fc(h)[0]
-        scores[[word_map[PAD], word_map[START], word_map[UNK]]] = -torch.inf
-        ids.append(int(scores.argmax()))
-    return ids

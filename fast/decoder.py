@@ -53,15 +53,9 @@ class FastDecoder(nn.Module):
 
     def __init__(self, decoder, attention=None):
         super().__init__()
-        self.decoder, self.written = decoder, attention
+        self.decoder, self.written, self.embedding, self.fc = decoder, attention, decoder.embedding, decoder.fc
         self.embed_dim, self.encoded_image_size = decoder.embedding.embedding_dim, decoder.encoded_image_size
         self.loops = []  # of kernels.py, for the next passes
-
-    def embedding(self, words):
-        return self.decoder.embedding(words)
-
-    def fc(self, h):
-        return self.decoder.fc(h)
 
     def look(self, grid):
         """Everything about the pictures that no step changes. Args: grid (B, h, w, D). Returns: Pixels."""

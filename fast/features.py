@@ -91,9 +91,6 @@ def encode(encoder, dataset, rows, device):
 
 def features_key(dataset, encoder, config):
     """What kept features depend on, besides the code: the encoder's weights and buffers, the pictures, their size."""
-    if dataset.images_digest is None:
-        raise UserError(f"{dataset.path} has no checksum of its pictures, which --cache_features true needs: run "
-                        f"pre_process.py --overwrite, or give --cache_features false")
     digest = hashlib.sha256()
     for name, tensor in itertools.chain(encoder.named_parameters(), encoder.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.detach().cpu().numpy().tobytes())

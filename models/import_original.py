@@ -6,7 +6,6 @@
 Such a file holds pickled modules of PyTorch 0.4. Only their tensors are read, and no code of the pickle is run. It
 contains no word map, so the WORDMAP.json of its training is needed. Its training cannot be resumed.
 """
-import argparse
 import dataclasses
 import json
 import math
@@ -20,9 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scripts are
 
-from config import CHECKPOINT_VERSION, Config, fail  # noqa: E402
+from checkpoint import load_models  # noqa: E402
+from config import CHECKPOINT_VERSION, Config, new_parser  # noqa: E402
 from datasets import check_word_map  # noqa: E402
-from models import build_models  # noqa: E402
 from utils import UserError, check_members, replacing, run  # noqa: E402
 
 # torch.load(weights_only=True) cannot read them, whatever is allowed: before 1.6 PyTorch stored a module's class with
@@ -72,20 +71,13 @@ class OriginalUnpickler(pickle._Unpickler):  # in Python, as the one in C can be
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser = new_parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="of the original")
     parser.add_argument("word_map", type=Path, help="the WORDMAP.json of its training")
     parser.add_argument("--out", type=Path, help="where to write (beside the original, NAME.ours.pth.tar)")
     args = parser.parse_args()
     checkpoint = load_original(args.checkpoint, args.word_map)
-    try:
-        models = build_models(Config(**checkpoint["config"]), len(checkpoint["word_map"]), encoder_weights="none")
-        for module, half in zip(models, ("encoder", "decoder")):
-            module.load_state_dict(checkpoint[half])
-    except RuntimeError as error:
-        raise UserError(f"the weights in {args.checkpoint} are of another architecture than they should be: "
-                        f"{' '.join(str(error).split())[:300]}") from None
+    load_models(checkpoint, Config(**checkpoint["config"]), args.checkpoint)  # they must fit
     out = args.out or args.checkpoint.with_name(f"{args.checkpoint.name.removesuffix('.pth.tar')}.ours.pth.tar")
     with replacing(out) as temporary:
         torch.save(checkpoint, temporary)

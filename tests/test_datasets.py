@@ -401,15 +401,6 @@ def test_a_caption_corrected_with_h5py_is_used(tiny, tmp_path, monkeypatch):
     assert after.raw_captions == before.raw_captions and torch.equal(after[[row]][0], before[[row]][0])
 
 
-def test_a_data_file_with_a_user_block_as_earlier_versions_wrote_it(tiny, folder):
-    with h5py.File(tiny / "valid.h5") as file, h5py.File(folder / "valid.h5", "w", userblock_size=512) as older:
-        older.attrs.update(file.attrs)
-        for name in file:
-            file.copy(name, older)
-    for a, b in zip(*(CaptionDataset(config_of(f), "valid", load_word_map(tiny))[[3, 1]] for f in (tiny, folder))):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("settings", [dict(image_size=128), dict(max_len=20), dict(captions_per_image=3)])
 def test_a_data_file_of_other_settings(settings, folder):
     refused(folder, *settings.values(), **settings)

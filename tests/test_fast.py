@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import fast
 import fast.decoder
 from config import Config
-from fast.decoder import FastDecoder, energy, pool_matrix
+from fast.decoder import FastDecoder, energy
 from fast.encoder import FoldedEncoder, Replayed
 from models import Attention, DecoderWithAttention, Encoder, beam_search
 
@@ -135,13 +135,6 @@ def test_training_in_reduced_precision(decoder, quick, batch, dtype):  # noqa: F
             assert found[0] == pytest.approx(expected[0], rel=2e-2) and found[0] != expected[0]
             together = [torch.cat([g.flatten() for g in side[1].values()]) for side in (expected, found)]
             assert (together[1] - together[0]).norm() < 0.1 * together[0].norm()
-
-
-@pytest.mark.parametrize("height, width, side", [(8, 8, 14), (4, 4, 14), (7, 5, 3), (8, 8, 8), (1, 1, 4)])
-def test_pool_matrix_is_adaptive_average_pooling(height, width, side):
-    grid = torch.randn(2, height, width, 5)
-    pooled = nn.functional.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), side).flatten(2).transpose(1, 2)
-    assert torch.allclose(pool_matrix(height, width, side) @ grid.flatten(1, 2), pooled, atol=1e-6)
 
 
 def test_training_keeps_no_hidden_layer_of_the_attention(decoder, batch, monkeypatch):  # noqa: F811
@@ -377,17 +370,8 @@ def test_an_edited_encoder_is_believed(edit):
         assert torch.allclose(runs.train()(images), expected, atol=1e-3 * expected.abs().max().item())
 
 
-def test_fast_false_runs_models_py(decoder):  # noqa: F811
-    encoder = Encoder("resnet18", "none")
-    chosen = fast.choose(encoder, decoder, dataclasses.replace(CONFIG, fast=False), torch.float32)
-    assert chosen.encoder is chosen.training_encoder is encoder and chosen.decoder is decoder
-    assert set(chosen.report.values()) == {"as written (--fast false)"}
-
-
 def test_an_encoder_that_is_trained_runs_as_written():
     encoder, decoder = Encoder("resnet18", "none"), DecoderWithAttention(20, 12, 16, 40, 512)  # noqa: F811
     config = dataclasses.replace(CONFIG, fine_tune_encoder=True)
     assert fast.choose(encoder, decoder, config, torch.float32).training_encoder is encoder
     assert isinstance(fast.choose(encoder, decoder, config).encoder, FoldedEncoder)
-
-

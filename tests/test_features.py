@@ -188,13 +188,6 @@ def test_features_replaced_by_another_run_are_not_read(folder):
         spawned[[0]]
 
 
-def test_pictures_without_a_checksum_are_refused(folder):
-    with h5py.File(folder / "train.h5", "a") as file:
-        del file.attrs["images_digest"]
-    with pytest.raises(UserError, match="train.h5.*pre_process.py --overwrite"):
-        keep(folder, Small())
-
-
 DAMAGE = {
     "no key": lambda array, key: key.unlink(), "no array": lambda array, key: array.unlink(),
     "a key that is not JSON": lambda array, key: key.write_text("{"),

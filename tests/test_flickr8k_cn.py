@@ -167,27 +167,6 @@ def test_archives_of_ai_challenger_are_not_shadowed(source):
     refused(source, SPLITS["train"][0])
 
 
-@pytest.mark.parametrize("end, code", [(KeyboardInterrupt(), 130),
-                                       (OSError(errno.ENOSPC, "No space left on device", "somewhere"), 2)])
-def test_an_interrupted_run_leaves_nothing(source, monkeypatch, end, code):
-    links, make_link = [], os.link
-
-    def link(*args):
-        if len(links) == 2:
-            raise end
-        links.append(make_link(*args))
-
-    def copyfile(*args):
-        raise end
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "link", link)
-        patch.setattr(shutil, "copyfile", copyfile)
-        assert convert(source).code == code
-    assert len(links) == 2 and written(source) == set()
-    assert convert(source).code == 0 and len(annotations(source, "train")) == 4
-
-
 def test_a_killed_run_leaves_nothing_half_and_the_next_one_clears_up(source):
     child = os.fork()
     if not child:

@@ -169,20 +169,6 @@ def test_a_second_run_does_nothing_and_overwrite_makes_the_same_bytes(data_dir):
     assert files_under(data_dir) == first and (data_dir / "train.h5").stat().st_mtime_ns > changed
 
 
-def test_data_of_an_earlier_version_are_up_to_date(data_dir):
-    """Its files began with a user block, where a checksum lay."""
-    assert preprocess(data_dir).code == 0
-    for split in ("train", "valid"):
-        older = data_dir / f"{split}.h5"
-        newer = older.rename(data_dir / "newer")
-        with h5py.File(newer) as source, h5py.File(older, "w", userblock_size=512) as target:
-            target.attrs.update(source.attrs)
-            for name in source:
-                source.copy(name, target)
-    assert "Nothing to do" in preprocess(data_dir).out
-    assert np.array_equal(load(data_dir, "train")[[4]][0], read(data_dir, "train")["images"][[4]])
-
-
 @pytest.mark.parametrize("flags", [("--image_size", 64), ("--max_len", 20), ("--captions_per_image", 4),
                                    ("--min_word_freq", 2)])
 def test_other_settings_need_overwrite(flags, data_dir):

@@ -3,7 +3,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 import signal
 
 import pytest
@@ -128,32 +127,6 @@ def test_a_term_that_is_added_to_the_loss_shows_everywhere_by_its_name(run, tmp_
         assert part["loss"] == pytest.approx(part["cross_entropy"] + part["coverage"] + 0.5 * part["entropy"])
     assert len(scalars["train/entropy"]) == len(scalars["valid/entropy"]) == len(scalars["epoch/entropy"]) == 2
     assert {"entropy"} < last_checkpoint(tmp_path)["progress"]["terms"].keys()
-
-
-def to_version_2(path):
-    """Convert a checkpoint back to version 2."""
-    saved = torch.load(path, weights_only=True)
-    progress, names = saved.pop("progress"), ["cross_entropy", "coverage", "top5", "tokens", "captions", "images"]
-    sums, recent, best, _ = (progress.pop(name) for name in ("sums", "recent", "best", "terms"))
-    del saved["config"]["fast"]
-    totals, recent = ([part.get(name, 0.0) for name in names] for part in (sums, recent))
-    torch.save({**saved, **progress, "version": 2, "best_score": best, "totals": totals, "recent": recent}, path)
-
-
-@pytest.mark.paper
-def test_a_checkpoint_of_version_2_is_resumed_with_the_same_numbers(run, tmp_path, monkeypatch):
-    """Stopped at a batch, in validation, or after an epoch, it ends as a run that was not stopped."""
-    run("--print_freq", 2)
-    expected = read_log(tmp_path)
-    for step in (1, 4, None):  # three batches an epoch, then one of validation
-        for name in ("models", "logs"):
-            shutil.rmtree(tmp_path / name)
-        with monkeypatch.context() as patch:
-            stop_during(patch, step)
-            run("--print_freq", 2, *([] if step else ["--epochs", 1]), check=128 + signal.SIGTERM if step else 0)
-        to_version_2(tmp_path / "models" / "checkpoint.pth.tar")
-        run("--resume", "--print_freq", 2, "--epochs", 2)
-        assert read_log(tmp_path) == expected
 
 
 def test_tensorboard_reads_the_files_of_a_resumed_run_in_order(tmp_path):
