@@ -99,9 +99,6 @@ def main():
         notes = begin_self_critical(progress, checkpoint, path, rank)
     elif checkpoint:
         notes = resume(progress, optimizers, checkpoint, config, args.flags, path, world_size)
-        if why := finished(config, progress):
-            notes.append(f"nothing to train: {why}; to continue, --resume with a larger --epochs or "
-                         f"--early_stop_epochs, another rate, or --fine_tune_encoder true")
     recent, averages = Sums(progress.recent, device, rank), Averages(optimizers, config.ema_decay)
     scaler = make_scaler(config, device)
     if progress.scaler:
@@ -269,6 +266,9 @@ def resume(progress, optimizers, checkpoint, config, flags, path, world_size):
             optimizer.param_groups[0]["lr"] = given
             if given != rate:
                 progress.epochs_since_improvement = 0  # what stopped improving was at the other rate
+    if why := finished(config, progress):
+        notes.append(f"nothing to train: {why}; to continue, --resume with a larger --epochs or --early_stop_epochs, "
+                     f"another rate, or --fine_tune_encoder true")
     return notes
 
 

@@ -19,9 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scripts are
 
-from checkpoint import load_models  # noqa: E402
 from config import CHECKPOINT_VERSION, Config, new_parser  # noqa: E402
 from datasets import check_word_map  # noqa: E402
+from models import build_models  # noqa: E402
 from utils import UserError, check_members, replacing, run  # noqa: E402
 
 # torch.load(weights_only=True) cannot read them, whatever is allowed: before 1.6 PyTorch stored a module's class with
@@ -77,7 +77,13 @@ def main():
     parser.add_argument("--out", type=Path, help="where to write (beside the original, NAME.ours.pth.tar)")
     args = parser.parse_args()
     checkpoint = load_original(args.checkpoint, args.word_map)
-    load_models(checkpoint, Config(**checkpoint["config"]), args.checkpoint)  # they must fit
+    try:
+        models = build_models(Config(**checkpoint["config"]), len(checkpoint["word_map"]), encoder_weights="none")
+        for module, half in zip(models, ("encoder", "decoder")):
+            module.load_state_dict(checkpoint[half])
+    except RuntimeError as error:
+        raise UserError(f"the weights in {args.checkpoint} are of another architecture than they should be: "
+                        f"{' '.join(str(error).split())[:300]}") from None
     out = args.out or args.checkpoint.with_name(f"{args.checkpoint.name.removesuffix('.pth.tar')}.ours.pth.tar")
     with replacing(out) as temporary:
         torch.save(checkpoint, temporary)

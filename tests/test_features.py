@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 import eval
 import fast.features
 import runlog
+import scores
 import train
 from checkpoint import load_checkpoint
 from config import get_config
@@ -134,6 +135,7 @@ def test_evaluation_reads_kept_features(folder, tiny_flags, monkeypatch):
     run_training(folder, "kept", tiny_flags, monkeypatch, "--cache_features", "true", "--epochs", "1")
     best, result, encoded = folder.parent / "kept" / "BEST_checkpoint.pth.tar", folder.parent / "results.json", []
     monkeypatch.setattr(fast.features, "encode", lambda *given: encoded.append(len(given[2])) or encode(*given))
+    monkeypatch.setattr(scores, "meteor", lambda *_: {})  # which takes seconds to start
 
     def evaluate(*flags):
         encoded.clear()
