@@ -68,7 +68,7 @@ def backbone(name, weights, stride):
     layer4, where it is 8 also without layer3.
 
     Returns:
-        nn.Sequential: stages, float (B, 3, S, S) -> (B, D, h, w).
+        nn.Sequential: stages, float (B, 3, S, S) -> (B, D, h, w); h = w = S / stride, rounded up.
         dict: dim (D); stride, offset (cell i of the map is centred on pixel stride * i + offset); mean, std (of each
         channel of the input, which is 0 to 255); top (the first stage that fine-tuning trains).
     Raises:

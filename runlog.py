@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from visualize import draw_attention
 
 class RunLog:
     """Creates the folder; in that of a resumed run it drops what was logged after the checkpoint, and adds the epoch
-    that was saved but not logged.
+    that was saved but not logged. config.json is about the first start, and under `resumed` about the others.
 
     Args:
         config (Config). progress (Progress): of train.py. report (dict): of fast.Chosen.
@@ -29,11 +30,15 @@ class RunLog:
         self.folder, self.dataset, self.positions = Path(config.log_dir) / progress.run, dataset, positions
         self.folder.mkdir(parents=True, exist_ok=True)
         log, entry, purge_step = self.folder / "log.jsonl", progress.entry, None
-        if not checkpoint or not log.exists():
-            versions = dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__)
-            write_text(self.folder / "config.json", json.dumps(dict(
-                config=vars(config), command=command_line(), git_revision=git_revision(), versions=versions,
-                fast=report), indent=1))
+        versions = dict(python=sys.version.split()[0], torch=torch.__version__, torchvision=torchvision.__version__)
+        about = dict(config=vars(config), command=command_line(), git_revision=git_revision(), versions=versions,
+                     fast=report)
+        settings = self.folder / "config.json"
+        if checkpoint and settings.exists():
+            with suppress(ValueError):  # broken by hand
+                first = json.loads(settings.read_text(encoding="utf-8"))
+                about = {**first, "resumed": [*first.get("resumed", []), dict(step=progress.step, **about)]}
+        write_text(settings, json.dumps(about, indent=1))
         if checkpoint:
             logged, purge_step = progress.epoch - progress.began, progress.step + (progress.batch < steps)
             if not progress.batch:  # the checkpoint of a whole epoch is written before the epoch is logged

@@ -142,6 +142,7 @@ def test_every_resnet_is_known_by_its_blocks():
                                        for name, resnet in resnets.items()}
 
 
+@pytest.mark.paper  # its random weights must tell pictures apart
 def test_demo_and_evaluation_take_it_and_training_does_not(word_map, tiny, tmp_path, monkeypatch):
     """Scores need only pictures and raw captions, so data with another word map serve."""
     monkeypatch.setattr(scores, "meteor", lambda *_: {})  # which takes seconds to start

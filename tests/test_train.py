@@ -161,6 +161,8 @@ def test_rates_fall_and_fine_tuning_can_begin_later(run, tmp_path, monkeypatch):
     assert "nothing to train" in printed and "no better score for 2 epochs" in printed
     printed = run(*decay, "--epochs", 4, "--resume", "--fine_tune_encoder", "true", "--encoder_lr", 0.01)
     assert "rates: decoder_lr 0.000256, encoder_lr 0.01;" in printed and "all 4 epochs done" in printed
+    about = json.loads(next((tmp_path / "logs").glob("*/config.json")).read_text())
+    assert [start["config"]["fine_tune_encoder"] for start in (about, *about["resumed"])] == [False, False, True]
     name = "resnet.7.0.conv1.weight"
     assert not torch.equal(before["encoder"][name], last_checkpoint(tmp_path)["encoder"][name])
 
