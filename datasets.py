@@ -408,9 +408,25 @@ def make_loader(dataset, config, shuffle, rank=0, world_size=1):
     """
     workers = min(config.workers, os.cpu_count())
     sampler = BatchSampler(len(dataset), config.batch_size, shuffle, config.seed, rank, world_size)
-    return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=workers,
+    return Loader(dataset, sampler=sampler, batch_size=None, num_workers=workers,
                       pin_memory=config.device != "cpu" and torch.cuda.is_available(),
                       persistent_workers=workers > 0, worker_init_fn=leave_signals)
+
+
+STOPPING = {signal.SIGINT, signal.SIGTERM}
+
+
+class Loader(DataLoader):
+    """A DataLoader whose workers get no signal before leave_signals: one that dies of it would end the run unsaved."""
+
+    def __iter__(self):
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # which workers inherit
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_signals(worker):
@@ -418,3 +434,5 @@ def leave_signals(worker):
     main process decides. A second SIGTERM ends a worker that hangs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)

@@ -1,9 +1,12 @@
 """Pixels, words, and batches."""
+import dataclasses
 import json
+import os
 import pickle
 import re
 import resource
 import shutil
+import signal
 import struct
 import time
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, files_under
 from PIL import EpsImagePlugin, Image
+from torch.utils.data._utils import signal_handling
 
 from config import get_config
 from datasets import (BadPicture, BatchSampler, CaptionDataset, build_word_map, decode_caption, draft_size, kind_of,
@@ -514,3 +518,16 @@ def test_kinds_of_words():
              "function word": "的 在 是 ，"}
     found = {kind: " ".join(word for word in words.split() if kind_of(word) == kind) for kind, words in kinds.items()}
     assert found == kinds
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="there are no such signals on Windows")
+def test_a_signal_while_workers_start_reaches_them_when_they_can_handle_it(tiny, monkeypatch):
+    handle = signal_handling._set_worker_signal_handlers
+
+    def handle_and_hit():
+        handle()
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", handle_and_hit)
+    config = dataclasses.replace(config_of(tiny), workers=2, batch_size=2)
+    batches = list(make_loader(CaptionDataset(config, "valid", load_word_map(tiny)), config, False))
+    assert [row for *_, rows in batches for row in rows.tolist()] == [0, 1, 2, 3]
