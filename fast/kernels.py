@@ -83,8 +83,8 @@ def step(grid, pool, keys, energy_weight, weights, word_input, h, c, lengths, t,
 class Loop:
     """All that lies between grids with embedded words and the states, at most T steps, and its gradient, in buffers.
 
-    What it is made of are FastDecoder's own functions around the loop over `step`. For each length that recurs, both
-    passes are a CUDA graph: of some 120 kernels that the host would start besides those of the loop, most are in them.
+    FastDecoder's own functions give what the loop over `step` reads. For each length that recurs, both passes are a
+    CUDA graph: the host starts about half as many operations as with graphs of the loop alone (benchmarks/memory.py).
 
     Args:
         decoder (FastDecoder). grid: (B, h, w, D). words: (T, N, E). dtype: of the matrix products. is_trained (bool):
