@@ -22,7 +22,7 @@ from datasets import CaptionDataset, make_loader, tokenize_references
 from fast.features import keep_features
 from models import generate, pixel_positions
 from scores import attention_course, diagnose, diagnose_words, official_scores, ptb_tokenize, scores_of_both_units
-from utils import UserError, gather_lists, init_distributed, meet_processes, run, write_text
+from utils import UserError, gather_lists, init_distributed, is_first_process, meet_processes, run, write_text
 
 
 def main():
@@ -103,7 +103,7 @@ def caption_split(runs, loader, config, word_map, beam_size, positions, device):
     scenes_path = Path(config.data_dir) / "scenes.json"
     scenes = read_scenes(scenes_path) if scenes_path.exists() else {}
     for images, _, _, rows in tqdm(loader, desc=f"caption {dataset.path.stem}", unit="batch",
-                                   disable=dist.is_initialized() and dist.get_rank() > 0):
+                                   disable=not is_first_process()):
         grid = runs.encoder(images.to(device))
         found = generate(runs.decoder, grid, word_map, config.max_len, beam_size, config.length_penalty)
         for row, caption in zip(rows.tolist(), found):

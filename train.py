@@ -45,9 +45,9 @@ from fast.features import keep_features
 from models import Term, build_models, caption_loss, generate, pixel_positions, sample, self_critical_loss
 from runlog import RunLog, command_line, git_revision
 from scores import CiderD, caption_faults, score
-from utils import (UserError, from_first_process, gather_lists, get_device, init_distributed, keep_freed_memory,
-                   largest_of_processes, meet_processes, precise, precision, resumes, run, sum_over_processes,
-                   to_device)
+from utils import (UserError, from_first_process, gather_lists, get_device, init_distributed, is_first_process,
+                   keep_freed_memory, largest_of_processes, meet_processes, precise, precision, resumes, run,
+                   sum_over_processes, to_device)
 
 PICTURES_SHOWN = 4  # validation pictures drawn in TensorBoard after every epoch
 
@@ -336,7 +336,7 @@ class Pause:
     def remember(self, number, frame):
         if not self.signal:
             self.signal, self.asked = number, time.monotonic()
-            if not dist.is_initialized() or dist.get_rank() == 0:
+            if is_first_process():
                 os.write(2, b"\nsaving after this step\n")  # print may be what the signal interrupts
         elif time.monotonic() > self.asked + 10:  # Ctrl-C comes from the terminal and from torchrun, both meaning one
             signal.signal(number, signal.SIG_DFL)
@@ -351,7 +351,7 @@ class Pause:
         self.since = time.monotonic()
         if order:
             largest_of_processes(order)  # until the first one has saved, as torchrun kills all when one ends
-            if not dist.is_initialized() or dist.get_rank() == 0:
+            if is_first_process():
                 print(f"\nstopped by {signal.Signals(order).name}: continue with --resume", file=sys.stderr)
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -634,7 +634,7 @@ def validate(encoder, decoder, loader, config, word_map, pause):
     device = next(decoder.parameters()).device
     sums, generated, started, kinds = {}, [], time.perf_counter(), {}
     for images, captions, lengths, rows in tqdm(loader, desc="validate", unit="batch", leave=False,
-                                                disable=dist.is_initialized() and dist.get_rank() > 0):
+                                                disable=not is_first_process()):
         grid = encoder(images.to(device))
         scores, targets, alphas = decoder(grid, captions.to(device), lengths)
         terms = caption_loss(scores, targets, alphas, lengths, config)

@@ -180,6 +180,11 @@ def precisions(device):
         (torch.bfloat16, ("avx512_bf16", "amx_bf16", "bf16"))) if any(map(has.get, names)))]
 
 
+def autocast_dtype(device):
+    """What autocast multiplies in, float32 where it is off. Args: device (torch.device). Returns: torch.dtype."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
 def to_device(tensor, device):
     """A tensor on a device. CUDA copies while Python runs on; Apple's mps would read what may be freed by then."""
     return tensor.to(device, non_blocking=device.type == "cuda")
@@ -285,6 +290,11 @@ def init_distributed(device, rank, world_size, store):
         # gloo for tensors on the CPU: agreeing on something then does not synchronise a GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world_size)
+
+
+def is_first_process():
+    """Whether this is rank 0, or the only process."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def sum_over_processes(tensor):

@@ -4,6 +4,7 @@
 weights and on their own device, and compares outputs and every gradient. Whoever edits models.py gets what it says.
 """
 import copy
+import functools
 from typing import NamedTuple
 
 import torch
@@ -65,8 +66,10 @@ def choose_encoder(encoder, images, grid, dtype):
         folded = FoldedEncoder(encoder).eval()
         training = folded if dtype in (None, torch.float32) else FoldedEncoder(encoder, dtype)
         is_recorded, rough = dtype and images.is_cuda, ROUGH * grid.abs().max()
-        # The second pass is recorded, the third one replayed.
-        tried = map(Replayed(training), 3 * [images]) if is_recorded else [training(images)] * (training is not folded)
+        if is_recorded:  # the second pass; the third one is replayed
+            tried = map(Replayed(training), 3 * [images])
+        else:
+            tried = [] if training is folded else [training(images)]
         is_right = is_close(folded(images), grid) and all(is_close(x, grid, rough) for x in tried)
         what = None if is_right else "models.py gives another grid"
     except Exception as error:  # whatever an edited network leads the folding to
@@ -82,7 +85,8 @@ def choose_decoder(decoder, grid):
     try:
         passes = 3 if FastDecoder(twin).is_fused(grid) else 1  # the second is recorded, the third replayed
         tries = [[x, x.flip(0), 2 * x][:passes] for x in (grid, 1 - grid)]
-        expected = [[outcomes(twin, twin, x) for x in grids] for grids in tries]
+        expected = functools.cache(lambda number: [outcomes(twin, twin, x) for x in tries[number]])
+        expected(0)
     except Exception as error:  # whatever an edited decoder makes of these arguments
         return decoder, f"as written: models.py cannot be called as fast/ calls it ({type(error).__name__}: {error})"
     reason = other_way(FastDecoder, twin, tries, expected)
@@ -97,14 +101,17 @@ def other_way(build, twin, tries, expected):
     """Why what `build` makes of a decoder does not do in its place, in words; None where it does.
 
     Rounding may turn a relu on or off, which only gradients show: these must differ on both of two batches.
+
+    Args: build (function): of the decoder. twin (DecoderWithAttention). tries (list of lists): grids. expected
+        (function): number of a try -> its outcomes as written, computed when they are needed.
     """
     try:
         if build is FastDecoder and (reason := other_parameters(twin)):
             return reason
         runs = build(twin)
-        for grids, right in zip(tries, expected):
+        for number, grids in enumerate(tries):
             found = (outcomes(runs, twin, grid) for grid in grids)
-            reason = next(filter(None, map(difference, found, right)), None)
+            reason = next(filter(None, map(difference, found, expected(number))), None)
             if not reason or "gradient" not in reason:
                 break
         return reason

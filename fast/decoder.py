@@ -57,10 +57,13 @@ class FastDecoder(nn.Module):
         self.embed_dim, self.encoded_image_size = decoder.embedding.embedding_dim, decoder.encoded_image_size
         self.loops = []  # of kernels.py, for the next passes
 
+    def pool_of(self, grid):
+        """The pool of Pixels. Args: grid (B, h, w, D)."""
+        return pool_matrix(*grid.shape[1:3], self.encoded_image_size, grid.device)
+
     def look(self, grid):
         """Everything about the pictures that no step changes. Args: grid (B, h, w, D). Returns: Pixels."""
-        pool = pool_matrix(*grid.shape[1:3], self.encoded_image_size, grid.device)
-        grid = grid.flatten(1, 2)
+        pool, grid = self.pool_of(grid), grid.flatten(1, 2)
         if self.written is not None:
             a = pool @ grid
             return Pixels(a, None, self.written.keys(a))  # pooled already
@@ -226,8 +229,7 @@ class FastDecoder(nn.Module):
 
     def is_fused(self, grid):
         """Whether these grids, (B, h, w, D), are left to kernels.py: on a GPU, where Triton is."""
-        return (self.written is None and kernels is not None
-                and kernels.are_usable(grid, pool_matrix(*grid.shape[1:3], self.encoded_image_size, grid.device)))
+        return self.written is None and kernels is not None and kernels.are_usable(grid, self.pool_of(grid))
 
 
 def other_parameters(decoder):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import UserError, from_first_process, gather_lists, need_space, reason_of, write_text
+from utils import UserError, autocast_dtype, from_first_process, gather_lists, need_space, reason_of, write_text
 
 try:
     import fcntl
@@ -36,9 +36,7 @@ class KeptFeatures(torch.nn.Module):
 
     def forward(self, given):
         """Args: fp16 (B, h, w, D), or where all are held rows int64 (B,). Returns: (B, h, w, D), as the encoder's."""
-        kind = given.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        return (given if self.held is None else self.held[given]).to(dtype)
+        return (given if self.held is None else self.held[given]).to(autocast_dtype(given.device))
 
 
 def keep_features(dataset, encoder, runs, config, rank=0, world_size=1):

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from fast.graphs import Recorded
+from utils import autocast_dtype
 
 
 def are_usable(grid, pool):
@@ -94,14 +95,17 @@ class Loop:
     def __init__(self, decoder, grid, words, dtype, is_trained):
         (self.T, N, _), self.decoder, self.dtype = words.shape, decoder, dtype
         empty, exact = functools.partial(torch.empty, device=grid.device, dtype=dtype), torch.float32
-        self.grid, self.words = empty(grid.shape), empty(words.shape)
+        self.grid, self.words, self.pool = empty(grid.shape), empty(words.shape), decoder.pool_of(grid)
         self.lengths = empty(N, dtype=torch.int64)
         self.graphs = {}
         self.memory = torch.cuda.graph_pool_handle() if grid.is_cuda else None  # of all graphs, which run in turns
-        pixels, *read = self.around_steps(self.T)
+        (B, _, _, D), P = grid.shape, len(self.pool)
+        A, H = decoder.decoder.attention.encoder_att.out_features, decoder.decoder.decode_step.hidden_size
+        W = A + D + 4 * H
+        shapes = (B, P, A), (A,), (N, H), (N, H), (self.T, N, 4 * H), (W, H), (W,), (4 * H, D)
         types = dtype, exact, dtype, exact, dtype, dtype, dtype, dtype
-        self.pool, self.read = pixels.pool, [empty(x.shape, dtype=kind) for x, kind in zip(read, types)]
-        self.steps = empty_steps(self.T * N, pixels.grid, self.pool, pixels.keys, self.read[4])
+        self.read = [empty(shape, dtype=kind) for shape, kind in zip(shapes, types)]  # of around_steps
+        self.steps = empty_steps(self.T * N, self.grid.flatten(1, 2), self.pool, self.read[0], self.read[4])
         if is_trained:
             self.grad_pre, self.grad_energy = torch.empty_like(self.steps.pre), torch.empty_like(self.steps.alpha)
             self.grad_h, self.grad_alpha = torch.empty_like(self.steps.h), torch.empty_like(self.steps.alpha)
@@ -111,14 +115,14 @@ class Loop:
             self.grads = [torch.empty_like(p, dtype=exact) for p in decoder.looped_parameters()]
 
     def around_steps(self, T):
-        """What the steps read. Returns: Pixels; keys, energy_weight, h, c, word_input, and the three step_weights."""
+        """What the steps read. Returns: keys, energy_weight, h, c, word_input, and the three step_weights."""
         decoder, device = self.decoder, self.grid.device.type
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
             pixels = decoder.look(self.grid)
             h, c = (x.repeat_interleave(len(self.lengths) // len(x), 0) for x in decoder.init_hidden_state(pixels))
             word_input = decoder.word_input(self.words[:T])
         energy_weight = decoder.decoder.attention.full_att.weight[0]
-        return pixels, pixels.keys, energy_weight, h, c, word_input, *decoder.step_weights()
+        return pixels.keys, energy_weight, h, c, word_input, *decoder.step_weights()
 
     def rows(self, t, buffers):
         """The rows of step t."""
@@ -126,7 +130,7 @@ class Loop:
         return [x[t * N:(t + 1) * N] for x in buffers]
 
     def forward(self, T):
-        for mine, x in zip(self.read, self.around_steps(T)[1:]):
+        for mine, x in zip(self.read, self.around_steps(T)):
             mine[:len(x)].copy_(x)
         keys, energy_weight, h, c, word_input, *weights = self.read
         for t in range(T):
@@ -225,8 +229,7 @@ class TimeLoop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, decoder, grid, words, lengths, is_trained, *parameters):
         T, N, _ = words.shape
-        kind = grid.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        dtype = autocast_dtype(grid.device)
         loop = take_loop(decoder, grid, words, dtype) if is_trained else Loop(decoder, grid, words, dtype, False)
         for mine, x in ((loop.grid, grid), (loop.words[:T], words), (loop.lengths, lengths)):
             mine.copy_(x)
