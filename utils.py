@@ -4,6 +4,7 @@ import ctypes
 import datetime
 import errno
 import os
+import platform
 import shutil
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 START_TIMEOUT = datetime.timedelta(minutes=10)  # for all processes of a run to come
 
@@ -84,6 +86,29 @@ def replacing(path, size=0):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def alone(path, flag):
+    """Keep what lies beside a lock file to this process, until the block ends or the process dies, however it does.
+
+    Args: path (Path): of the lock file; its folder is made. flag (str): that names another folder, for the message.
+    Raises: UserError: another process holds it; says which.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        holder = path.read_text(encoding="utf-8", errors="replace") or "another process"
+        raise UserError(f"{path.parent} is in use by {holder}: wait for it to end, or name another {flag}") from None
+    try:
+        with contextlib.suppress(OSError):  # Windows lets nobody write to a locked file
+            path.write_text(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}",
+                            encoding="utf-8")
+        yield
+    finally:
+        lock.release()
 
 
 def reason_of(error):
