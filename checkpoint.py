@@ -11,7 +11,7 @@ import torch
 from config import CHECKPOINT_VERSION, get_config
 from datasets import check_word_map
 from models import build_models
-from utils import UserError, check_members, get_device, replacing
+from utils import UserError, check_members, get_device, printable, replacing
 
 CHECKPOINT, BEST_CHECKPOINT = "checkpoint.pth.tar", "BEST_checkpoint.pth.tar"
 PREVIOUS_CHECKPOINT = "checkpoint.previous.pth.tar"
@@ -176,6 +176,6 @@ def open_checkpoint(args):
     config = get_config(flags=args.flags, trained=checkpoint["config"])
     device = get_device(config)
     print(f"{path}: epoch {checkpoint['epoch']}, {config.encoder}, {len(checkpoint['word_map'])} words, trained by "
-          f"`{checkpoint.get('command', 'unknown')}`")
+          f"`{printable(checkpoint.get('command', 'unknown'))}`")
     encoder, decoder = load_models(checkpoint, config, path)
     return checkpoint, config, device, encoder.to(device).eval(), decoder.to(device).eval()

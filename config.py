@@ -9,7 +9,7 @@ import inspect
 import re
 from dataclasses import dataclass
 
-from utils import UserError, is_path
+from utils import UserError, is_path, printable
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Config:
             value = getattr(self, field.name)
             if type(value) is not field.type and not (field.type is float and type(value) is int):
                 raise UserError(f"--{field.name} must be {field.type.__name__}, not {value!r:.200}")
-            if field.type is str and not is_path(value):
+            if field.type is str and not (is_path(value) and printable(value) == value):
                 raise UserError(f"--{field.name} cannot be {value!r:.200}")
         at_least |= {field.name: 0 for field in dataclasses.fields(self) if field.type is float}
         for name, bound in at_least.items():
@@ -137,6 +137,7 @@ def get_config(preset="ai_challenger", flags=None, trained=None):
     if unknown:
         raise UserError(f"the checkpoint has settings that this version does not know ({', '.join(unknown)}): use the "
                         f"code that it was trained with")
+    trained = {name: value for name, value in trained.items() if name != "device"}  # of another machine
     for name in ARCHITECTURE:
         was = trained.get(name, getattr(Config, name))  # of a checkpoint that is older than the setting: the default
         if flags.get(name, was) != was:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -32,6 +33,7 @@ JIEBA_VERSION = jieba.__version__  # other versions may segment otherwise
 PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
 # Not EPS, whose decoder runs another program, nor formats that no photograph needs.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SHARED_MEMORY = Path("/dev/shm")  # where workers put batches, on Linux
 ORIENTATION = ExifTags.Base.Orientation
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
@@ -166,7 +168,8 @@ def word_map_digest(word_map):
 def check_word_map(word_map, source):
     """Raise UserError, naming `source`, unless this is a dict of words to 0 .. V-1 with the four special tokens."""
     if not (isinstance(word_map, dict) and all(isinstance(word, str) for word in word_map)
-            and not re.search("[\ud800-\udfff]", "".join(word_map))  # lone surrogates cannot be written
+            # Lone surrogates cannot be written; control characters give orders to a terminal.
+            and not re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "".join(word_map))
             and all(type(number) is int for number in word_map.values())
             and sorted(word_map.values()) == list(range(len(word_map)))
             and word_map.get(PAD) == 0 and {UNK, START, END} <= word_map.keys()):
@@ -387,6 +390,14 @@ class BatchSampler(Sampler):
     def __len__(self):
         return len(self.starts())
 
+    def rounds(self):
+        """How many batches a process has at most; in evaluation some have one less. Returns: int."""
+        return len(self) if self.shuffle else -(-self.n // (self.world_size * self.batch_size))
+
+    def share(self):
+        """Pictures in a process's batch, at most. Returns: int."""
+        return -(-self.batch_size // self.world_size) if self.shuffle else self.batch_size
+
     def __iter__(self):
         if self.shuffle:
             order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch))
@@ -409,17 +420,27 @@ def make_loader(dataset, config, shuffle, rank=0, world_size=1):
     workers = min(config.workers, os.cpu_count())
     sampler = BatchSampler(len(dataset), config.batch_size, shuffle, config.seed, rank, world_size)
     return Loader(dataset, sampler=sampler, batch_size=None, num_workers=workers,
-                      pin_memory=config.device != "cpu" and torch.cuda.is_available(),
-                      persistent_workers=workers > 0, worker_init_fn=leave_signals)
+                  pin_memory=config.device != "cpu" and torch.cuda.is_available(),
+                  persistent_workers=workers > 0, worker_init_fn=leave_signals)
 
 
 STOPPING = {signal.SIGINT, signal.SIGTERM}
+if hasattr(signal, "SIGHUP"):  # a terminal that is closed; Windows has none
+    STOPPING.add(signal.SIGHUP)
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers get no signal before leave_signals: one that dies of it would end the run unsaved."""
+    """A DataLoader whose workers get no signal before leave_signals: one that dies of it would end the run unsaved.
+
+    It has no more workers than the shared memory holds batches for; a worker that finds no room there dies or hangs.
+    """
+
+    is_sized = False
 
     def __iter__(self):
+        if self.num_workers and not self.is_sized:
+            self.num_workers = workers_that_fit(self)
+            self.is_sized = True
         if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().__iter__()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # which workers inherit
@@ -429,10 +450,29 @@ class Loader(DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def workers_that_fit(loader):
+    """How many workers of a DataLoader find room for their batches in /dev/shm, 64 MB in a container of Docker's.
+
+    Returns: int, at most the loader's own; a warning is printed where it is less.
+    """
+    if not SHARED_MEMORY.is_dir():  # macOS, Windows
+        return loader.num_workers
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    batch = sum(tensor.nbytes for tensor in loader.dataset[[0]]) * loader.sampler.share()
+    # Of each worker two batches wait, and two more are in use.
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    fit = max((free // (batch * processes) - 2) // loader.prefetch_factor, 0)
+    if fit < loader.num_workers:
+        print(f"warning: {SHARED_MEMORY} has {free / 2**20:.0f} MiB free, batches of {batch / 2**20:.1f} MiB: {fit} "
+              f"workers instead of {loader.num_workers}; in Docker give --shm-size=8g")
+    return min(fit, loader.num_workers)
+
+
 def leave_signals(worker):
-    """Let workers ignore Ctrl-C and the first SIGTERM, which a terminal or a batch system sends to all processes: the
-    main process decides. A second SIGTERM ends a worker that hangs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Let workers ignore Ctrl-C, a closed terminal and the first SIGTERM, which come to all processes: the main process
+    decides. A second SIGTERM ends a worker that hangs."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)

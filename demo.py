@@ -7,6 +7,8 @@
 """
 from pathlib import Path
 
+from utils import UserError, replacing, run, write_text
+
 import torch
 
 import fast
@@ -14,7 +16,6 @@ from checkpoint import open_checkpoint
 from config import boolean, parse_args, positive
 from datasets import PICTURE_SUFFIXES, BadPicture, open_picture, read_image
 from models import generate, pixel_positions
-from utils import UserError, replacing, run, write_text
 from visualize import draw_attention, html_page, page_entry
 
 

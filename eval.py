@@ -11,6 +11,8 @@ Generated captions are scored against the data set's captions, over jieba words 
 import json
 from pathlib import Path
 
+from utils import UserError, gather_lists, init_distributed, is_first_process, meet_processes, run, write_text
+
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -22,7 +24,6 @@ from datasets import CaptionDataset, make_loader, tokenize_references
 from fast.features import keep_features
 from models import generate, pixel_positions
 from scores import attention_course, diagnose, diagnose_words, official_scores, ptb_tokenize, scores_of_both_units
-from utils import UserError, gather_lists, init_distributed, is_first_process, meet_processes, run, write_text
 
 
 def main():

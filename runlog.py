@@ -1,8 +1,10 @@
 """The log of a run, a folder in log_dir: TensorBoard events, log.jsonl (a line per epoch) and config.json."""
+import itertools
 import json
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,8 +14,30 @@ import torchvision
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from utils import write_text
+from utils import write_text, writing
 from visualize import draw_attention
+
+KEPT = "; the checkpoints are kept: mend that, then --resume"
+
+
+def leave_to_writing(failure, otherwise=threading.excepthook):
+    """What the disk refuses TensorBoard's thread ends the next call of its writer: one line instead of two reports."""
+    if not isinstance(failure.exc_value, OSError):
+        otherwise(failure)
+
+
+threading.excepthook = leave_to_writing
+
+
+def new_run(config):
+    """Make the folder of a new run in log_dir: named by the time, and a number where that is taken. Returns: str."""
+    log_dir, started = Path(config.log_dir), time.strftime("%Y%m%d-%H%M%S")
+    with writing(log_dir, ": name another --log_dir"):
+        log_dir.mkdir(parents=True, exist_ok=True)
+        for name in itertools.chain([started], (f"{started}-{number}" for number in itertools.count(2))):
+            with suppress(FileExistsError):
+                (log_dir / name).mkdir()
+                return name
 
 
 class RunLog:
@@ -54,8 +78,9 @@ class RunLog:
 
     def reading(self, values, step, group="train"):
         """Log scalars. Args: values (dict): name -> float. step (int). group (str): the part of a tag before the /."""
-        for name, value in values.items():
-            self.writer.add_scalar(f"{group}/{name}", value, step)
+        with writing(self.folder, KEPT):
+            for name, value in values.items():
+                self.writer.add_scalar(f"{group}/{name}", value, step)
 
     def epoch(self, entry):
         """Log an epoch: a line in log.jsonl, its scalars, and the attention on a few validation pictures.
@@ -65,21 +90,24 @@ class RunLog:
             pictures: list of dict(row, words, alphas).
         """
         line = {name: value for name, value in entry.items() if name not in ("reading", "pictures")}
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+        with writing(self.folder / "log.jsonl", KEPT), open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for group, values in dict(train=entry["reading"], valid=entry["valid"], epoch=entry["train"]).items():
             self.reading(values, entry["step"], group)
         for shown in (shown for shown in entry["pictures"] if shown["row"] < len(self.dataset)):
             figure = draw_attention(Image.fromarray(self.dataset.images[shown["row"]]), shown["words"],
                                     shown["alphas"].numpy(), self.positions)
-            self.writer.add_figure(f"attention/{shown['row']}", figure, entry["step"])
+            with writing(self.folder, KEPT):
+                self.writer.add_figure(f"attention/{shown['row']}", figure, entry["step"])
         self.flush()
 
     def flush(self):
-        self.writer.flush()
+        with writing(self.folder, KEPT):
+            self.writer.flush()
 
     def close(self):
-        self.writer.close()
+        with writing(self.folder, KEPT):
+            self.writer.close()
 
 
 def command_line():
@@ -87,14 +115,20 @@ def command_line():
 
 
 def git_revision():
-    """The commit of this code, with "+" if a Python file was changed since; "unknown" outside a git checkout.
+    """The commit of this code, with "+" if a Python file was changed or added since; "unknown" where the code has no
+    repository of its own, which a copy inside another one has not.
 
     Returns: str.
     """
+    folder = Path(__file__).resolve().parent
+
     def git(*command):
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *command], capture_output=True, text=True,
+        return subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True,
                               check=True, timeout=10).stdout.strip()
     try:
-        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("diff", "--name-only", "HEAD", "--", "*.py"))
+        if not Path(git("rev-parse", "--show-toplevel")).samefile(folder):
+            return "unknown"
+        is_changed = bool(git("status", "--porcelain", "--", ":(glob)*.py", ":(glob)*/*.py"))
+        return git("rev-parse", "--short=12", "HEAD") + "+" * is_changed
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -17,6 +17,8 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from utils import UserError, precise, run, to_device, write_text
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,6 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 
 from config import boolean, new_parser
 from datasets import END, PAD, START, UNK, tokenize
-from utils import UserError, precise, run, to_device, write_text
 
 JAVA_SECONDS = 300  # METEOR of 30,000 pictures takes a tenth of that
 # Thresholds for a warning. Two random pictures hardly ever deserve the same caption, while a model with ten captions

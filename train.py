@@ -26,9 +26,13 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+
+from utils import (UserError, alone, from_first_process, gather_lists, get_device, init_distributed, is_first_process,
+                   keep_freed_memory, largest_of_processes, meet_processes, precise, precision, resumes, run,
+                   sum_over_processes, to_device)
 
 import torch
 import torch.distributed as dist
@@ -40,14 +44,11 @@ import fast
 from checkpoint import (BEST_CHECKPOINT, CHECKPOINT, CROSS_ENTROPY_CHECKPOINT, load_checkpoint, load_models,
                         load_optimizer, save_checkpoint)
 from config import CHECKPOINT_VERSION, get_config, parse_args
-from datasets import CaptionDataset, load_word_map, make_loader, tokenize_references
+from datasets import STOPPING, CaptionDataset, load_word_map, make_loader, tokenize_references
 from fast.features import keep_features
 from models import Term, build_models, caption_loss, generate, pixel_positions, sample, self_critical_loss
-from runlog import RunLog, command_line, git_revision
+from runlog import RunLog, command_line, git_revision, new_run
 from scores import CiderD, caption_faults, score
-from utils import (UserError, from_first_process, gather_lists, get_device, init_distributed, is_first_process,
-                   keep_freed_memory, largest_of_processes, meet_processes, precise, precision, resumes, run,
-                   sum_over_processes, to_device)
 
 PICTURES_SHOWN = 4  # validation pictures drawn in TensorBoard after every epoch
 
@@ -80,6 +81,13 @@ class Progress:
 def main():
     args = parse_args(__doc__, {"resume": dict(action="store_true", help="continue from the last checkpoint")})
     rank, world_size, store = meet_processes()
+    model_dir = Path(get_config(args.preset, args.flags).model_dir)
+    with alone(model_dir / "train.lock", "--model_dir") if rank == 0 else nullcontext():
+        train(args, rank, world_size, store)
+
+
+def train(args, rank, world_size, store):
+    """A run, or the rest of one. Args: args (Namespace): of parse_args; rank, world_size, store: of meet_processes."""
     config, checkpoint, path = settings(args, rank, store)
     begins = config.self_critical and not checkpoint["config"].get("self_critical")  # the second phase
     keep_freed_memory()
@@ -93,7 +101,9 @@ def main():
     encoder, decoder = encoder.to(device), decoder.to(device)
     optimizers = make_optimizers(config, encoder, decoder)
     batches = dict(pictures=len(train_loader.dataset), batch_size=config.batch_size, seed=config.seed)
-    progress = Progress(run=from_first_process(time.strftime("%Y%m%d-%H%M%S")), batches=batches)
+    continues = checkpoint and not begins
+    progress = Progress(run=checkpoint["progress"]["run"] if continues else
+                        from_first_process(new_run(config) if rank == 0 else None), batches=batches)
     notes = []
     if begins:
         notes = begin_self_critical(progress, checkpoint, path, rank)
@@ -111,21 +121,25 @@ def main():
     if rank == 0:
         print(start_line(config, encoder, optimizers, device, world_size, len(word_map), progress, train_loader,
                          valid_loader), runs.summary(), *notes, sep="\n")
-        log = RunLog(config, progress, runs.report, None if begins else checkpoint, len(train_loader),
+        log = RunLog(config, progress, runs.report, checkpoint if continues else None, len(train_loader),
                      valid_loader.dataset, pixel_positions(encoder, config.image_size, config.encoded_image_size))
 
     def save(best=False):
         progress.recent, progress.scaler = recent.of_all_processes(), scaler.state_dict()
         if rank > 0 or not are_finite([*changing(encoder, optimizers), torch.tensor([*progress.recent.values()])]):
             return  # the next reading will stop the run
-        log.flush()  # the log may be ahead of the checkpoint, but not behind
         saved = checkpoint_of(config, word_map, encoder, decoder, optimizers, progress, world_size)
-        if best:
-            with averages.in_place(True):
-                save_checkpoint(saved, path.with_name(BEST_CHECKPOINT))
-        with averages.in_place(False):  # a validation, with the averages in place, may be interrupted
-            save_checkpoint(saved, path)
+        try:
+            log.flush()  # the log may be ahead of the checkpoint, but not behind, unless its disk is full
+        finally:
+            if best:
+                with averages.in_place(True):
+                    save_checkpoint(saved, path.with_name(BEST_CHECKPOINT))
+            with averages.in_place(False):  # a validation, with the averages in place, may be interrupted
+                save_checkpoint(saved, path)
 
+    if begins:
+        save()  # from here on this checkpoint alone decides what is resumed; the best one is soon another's
     pause = Pause(config.checkpoint_minutes, save)
     while not finished(config, progress):
         training = None
@@ -175,7 +189,11 @@ def settings(args, rank, store):
                         f"{path.with_name(CROSS_ENTROPY_CHECKPOINT)}")
     if now and not was:
         checkpoint = load_checkpoint(path.with_name(BEST_CHECKPOINT))
-    return get_config(flags=args.flags, trained=checkpoint["config"]), checkpoint, path
+    trained = get_config(flags=args.flags, trained=checkpoint["config"])
+    if "log_dir" not in args.flags and not Path(trained.log_dir).resolve().is_relative_to(Path.cwd()):
+        raise UserError(f"{path} was trained with --log_dir {trained.log_dir}, which is not in this folder: give the "
+                        f"flag to log there again, or elsewhere")  # a checkpoint alone must not say where to write
+    return trained, checkpoint, path
 
 
 def load_data(config, checkpoint, path, device, rank, world_size):
@@ -244,6 +262,10 @@ def resume(progress, optimizers, checkpoint, config, flags, path, world_size):
     Returns: list of str: what the user should know.
     """
     saved, batches, notes = checkpoint["progress"], progress.batches, []
+    for expected in fields(Progress):
+        kinds = (float, int) if expected.type is float else expected.type
+        if not isinstance(saved.get(expected.name, getattr(progress, expected.name)), kinds):
+            raise UserError(f"{path} is damaged: its progress has no proper {expected.name}")
     vars(progress).update(saved, batches=batches)
     if config.fine_tune_encoder and not checkpoint["config"].get("fine_tune_encoder"):
         progress.epochs_since_improvement = 0  # what stopped improving was the decoder alone
@@ -330,12 +352,17 @@ class Pause:
 
     def __init__(self, minutes, save):
         self.seconds, self.save, self.since, self.signal, self.asked = 60 * minutes, save, time.monotonic(), 0, 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.remember)
+        for number in STOPPING:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self.remember)
 
     def remember(self, number, frame):
         if not self.signal:
             self.signal, self.asked = number, time.monotonic()
+            if number not in (signal.SIGTERM, signal.SIGINT):  # the terminal is closed: what is written to it fails
+                with open(os.devnull, "w") as nowhere:
+                    for stream in (1, 2):
+                        os.dup2(nowhere.fileno(), stream)
             if is_first_process():
                 os.write(2, b"\nsaving after this step\n")  # print may be what the signal interrupts
         elif time.monotonic() > self.asked + 10:  # Ctrl-C comes from the terminal and from torchrun, both meaning one
@@ -469,6 +496,9 @@ class Averages:
 
     def __init__(self, optimizers, decay):
         self.optimizers, self.decay, self.are_in_place = optimizers, decay, False
+        for state in (state for optimizer in optimizers.values() for state in optimizer.state.values()):
+            if not decay:
+                state.pop("average", None)  # should there be a decay again later, they begin anew
 
     def pairs(self):
         """Returns: list of weights, list of their averages."""
@@ -566,7 +596,7 @@ def train_one_epoch(encoder, decoder, objective, optimizers, scaler, averages, l
                 seconds["update"] = progress.seconds - before - sum(seconds.values())
                 progress.reading |= {f"seconds_{name}": value / len(unread) for name, value in seconds.items()}
             unread, seconds, before = [], {}, progress.seconds
-            bar.set_postfix({name: f"{value:.3g}" for name, value in read.items()})
+            bar.set_postfix({name: f"{value:.3g}" for name, value in read.items()}, refresh=False)
             if scaler.is_enabled():
                 progress.reading["loss_scale"] = scaler.get_scale()
             if norm.isfinite():  # its square may be too large for a number though nothing else is
@@ -645,8 +675,9 @@ def validate(encoder, decoder, loader, config, word_map, pause):
             if row >= PICTURES_SHOWN:
                 del caption["alphas"]
             generated.append({"row": row, **caption})
-        if not dist.is_initialized():  # processes have different numbers of batches
-            pause()
+        pause()
+    if len(loader) < loader.sampler.rounds():
+        pause()  # all together: other processes have a batch more
     parts = [part for part in gather_lists([(sums, kinds)]) if part[0]]
     sums = {name: sum(part[name] for part, _ in parts) for name in parts[0][0]}
     found = means(sums, parts[0][1], time.perf_counter() - started)

@@ -1,19 +1,38 @@
-"""The ground of every script: errors a user can mend, files written whole or not at all, the device, processes."""
+"""The ground of every script: errors a user can mend, files written whole or not at all, the device, processes.
+
+Scripts import it before anything that takes long or looks at the surroundings.
+"""
 import contextlib
 import ctypes
 import datetime
 import errno
 import os
 import platform
+import re
 import shutil
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from filelock import FileLock, Timeout
+
+def leave_quietly(kind, error, trace, otherwise=sys.excepthook):
+    """Ctrl-C, which may come while packages are imported, needs no traceback; whatever else is shown as before."""
+    if not issubclass(kind, KeyboardInterrupt):
+        otherwise(kind, error, trace)
+
+
+sys.excepthook = leave_quietly
+if os.path.expanduser("~") == "~":  # a user whom the system does not know; nltk asks for a home
+    os.environ["HOME"] = tempfile.gettempdir()
+if not (sys.stderr and sys.stderr.isatty()):  # in a file every refreshment of a progress bar is one more line
+    os.environ.setdefault("TQDM_MININTERVAL", "60")
+    os.environ.setdefault("TQDM_MAXINTERVAL", "60")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from filelock import FileLock, Timeout  # noqa: E402
 
 START_TIMEOUT = datetime.timedelta(minutes=10)  # for all processes of a run to come
 
@@ -28,20 +47,30 @@ def run(main):
         sys.stdout.reconfigure(errors="backslashreplace")  # names and words that the terminal's encoding lacks
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)  # one, whatever names and reasons are in it
+        print("error:", printable(error), file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever reads, such as head, has seen enough
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        sys.exit(128 + 13)
     except torch.OutOfMemoryError as error:
-        print("error: out of memory: give a smaller --batch_size or --beam_size;", *str(error).splitlines()[:1],
+        print("error: out of memory: give a smaller --batch_size or --beam_size;", printable(error)[:300],
               file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {printable(error.filename)}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def printable(text):
+    """Text from outside as one line that a terminal shows, and takes no order from. Returns: str."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(text))
 
 
 def subcommand(script, **commands):
@@ -69,23 +98,30 @@ def replacing(path, size=0):
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
+    needs = f"; it takes {size / 2**20:,.1f} MiB" if size else ""
     try:
-        temporary.unlink(missing_ok=True)  # of a run that was killed; perhaps most of the disk
-        yield temporary
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # elsewhere a folder cannot be opened, nor needs to be
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # the latter is what h5py makes of a disk that is full
-        needs = f"; it takes {size / 2**20:,.1f} MiB" if size else ""
-        raise UserError(f"{path} could not be written ({reason_of(error)}){needs}. What was there before is untouched: "
-                        f"mend that, or name another folder") from None
+        with writing(path, f"{needs}. What was there before is untouched: mend that, or name another folder"):
+            temporary.unlink(missing_ok=True)  # of a run that was killed; perhaps most of the disk
+            yield temporary
+            with open(temporary, "r+b") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            if os.name == "posix":  # elsewhere a folder cannot be opened, nor needs to be
+                folder = os.open(path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def writing(path, advice):
+    """Turn what a disk refuses into a UserError. Args: path (Path): what is written. advice (str): the way out."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the latter is what h5py makes of a disk that is full
+        raise UserError(f"{path} could not be written ({reason_of(error)}){advice}") from None
 
 
 @contextlib.contextmanager
@@ -199,10 +235,10 @@ def precisions(device):
         has_float16 = torch.cuda.get_device_capability(device) >= (7, 0)  # before that no faster than float32
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return [torch.float32, *[torch.float16] * has_float16, *[torch.bfloat16] * has_bfloat16]
+    # Not float16: on CPUs that claim to have it training took seconds per picture.
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return [torch.float32, *(dtype for dtype, names in (
-        (torch.float16, ("avx512_fp16", "amx_fp16", "fp16_arith")),
-        (torch.bfloat16, ("avx512_bf16", "amx_bf16", "bf16"))) if any(map(has.get, names)))]
+    has_bfloat16 = any(map(has.get, ("avx512_bf16", "amx_bf16", "bf16")))
+    return [torch.float32, torch.bfloat16] if has_bfloat16 else [torch.float32]
 
 
 def autocast_dtype(device):

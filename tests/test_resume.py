@@ -36,10 +36,10 @@ def flags(folder, **settings):
     return [*map(str, folders(folder)), *settings]
 
 
-def start(*args, torchrun=()):
+def start(*args, torchrun=(), stderr=subprocess.DEVNULL):
     command = [sys.executable, "-u", *(["-m", "torch.distributed.run", *torchrun] if torchrun else []),
                str(ROOT / "train.py"), *args]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True,
                             start_new_session=True)
 
 
