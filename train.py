@@ -809,7 +809,7 @@ def changing(encoder, optimizers):
 
 def are_finite(tensors):
     """Whether no number in any of these tensors is NaN or infinite. The device is waited for once."""
-    tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
+    tensors = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     return bool(torch.nn.utils.get_total_norm(tensors, math.inf).isfinite())
 
 

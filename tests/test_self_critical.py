@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from test_scripts import fails
 from test_train import epoch_of
 
 import train
-from checkpoint import BEST_CHECKPOINT, CHECKPOINT, CROSS_ENTROPY_CHECKPOINT, load_checkpoint
+from checkpoint import BEST_CHECKPOINT, CHECKPOINT, CROSS_ENTROPY_CHECKPOINT, load_checkpoint, save_checkpoint
 from datasets import END, PAD, START, UNK, load_word_map
 from fast.decoder import FastDecoder
 from models import DecoderWithAttention, log_policy, never_generated, sample, self_critical_loss
@@ -184,7 +185,7 @@ def first(tiny_flags, tmp_path_factory):
 
 def begin_from(first, folder):
     """A copy of its checkpoints."""
-    (folder / "models").mkdir()
+    (folder / "models").mkdir(exist_ok=True)
     for name in (CHECKPOINT, BEST_CHECKPOINT):
         (folder / "models" / name).write_bytes((first / "models" / name).read_bytes())
 
@@ -251,6 +252,21 @@ def test_the_second_phase_killed_anywhere_ends_as_if_it_had_not_been(first, seco
             shutil.rmtree(tmp_path / "models")  # not begun, or done: all over again
             shutil.rmtree(tmp_path / "logs", ignore_errors=True)
             begin_from(first, tmp_path)
+    assert call(train.main, *given).code == 0
+    assert_same(outcome(tmp_path), outcome(second[0]))
+
+
+def test_the_second_phase_killed_after_its_first_best_checkpoint(first, second, tiny_flags, tmp_path, monkeypatch):
+    """Which has the averages in the weights' place, and is not what the phase began from any more."""
+    begin_from(first, tmp_path)
+    given = second_flags(tiny_flags, tmp_path, checkpoint_minutes=60)
+    with monkeypatch.context() as patch:
+        def save_and_die(saved, path):
+            save_checkpoint(saved, path)
+            if path.name == BEST_CHECKPOINT:
+                sys.exit(9)
+        patch.setattr(train, "save_checkpoint", save_and_die)
+        assert call(train.main, *given).code == 9
     assert call(train.main, *given).code == 0
     assert_same(outcome(tmp_path), outcome(second[0]))
 
