@@ -73,7 +73,7 @@ class Config:
                         emb_dim=1, attention_dim=1, decoder_dim=1, epochs=1, batch_size=1, lr_decay_epochs=1,
                         early_stop_epochs=1, samples=2, print_freq=1, seed=0, workers=0)
         at_most = dict(max_bad_images=1, dropout=1, embedding_dropout=1, lr_decay=1, label_smoothing=1, ema_decay=1,
-                       image_size=4096, max_len=200, encoded_image_size=256, workers=256,
+                       length_penalty=10, image_size=4096, max_len=200, encoded_image_size=256, workers=256,
                        seed=2**32 - 1)  # epoch and rank are mixed in, within 64 bits
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

@@ -113,6 +113,7 @@ def test_a_scripts_own_flags_are_not_settings():
     *((f"--{name} 1.01", name) for name in ("max_bad_images", "dropout", "lr_decay")),
     ("--image_size 1", "image_size"), ("--image_size 1000000", "image_size"), (f"--seed {2**64}", "seed"),
     ("--workers 100000", "workers"), ("--max_len 201", "max_len"), ("--precision half", "bfloat16"),
+    ("--length_penalty 700", "length_penalty"),
     ("--cache_features true --fine_tune_encoder true", "--fine_tune_encoder false"),
 ])
 def test_a_mistake_is_one_line_that_names_the_flag(line, named, capsys):
