@@ -31,7 +31,7 @@ def main():
         "checkpoint": dict(metavar="FILE", help="the model (models/BEST_checkpoint.pth.tar, or the preset's)"),
         "split": dict(default="valid", choices=("train", "valid", "test_a", "test_b"), help="what to caption (valid)"),
         "beam_size": dict(type=positive, default=3, metavar="K", help="1 is greedy (3)"),
-        "results": dict(metavar="FILE", help="where the captions go (results_SPLIT_beamK.json beside the checkpoint)"),
+        "results": dict(metavar="FILE", help="where the captions go (results_SPLIT_beamK*.json beside the checkpoint)"),
         "write_submission": dict(metavar="FILE", help="also write the captions in AI Challenger's format"),
         "official": dict(type=boolean, default=False, metavar="BOOL",
                          help="also compute the scores of AI Challenger's evaluator; needs Java (false)"),
@@ -78,7 +78,7 @@ def main():
     entries = [dict(image_id=image_id, caption="".join(caption["words"]), words=caption["words"],
                     score=caption["score"], ended=caption["ended"], references=raw)
                for image_id, caption, raw in zip(dataset.image_ids, captions, dataset.raw_captions)]
-    path = Path(args.results or args.checkpoint.with_name(f"results_{args.split}_beam{args.beam_size}.json"))
+    path = Path(args.results or results_path(args.checkpoint, args.split, args.beam_size, config.length_penalty))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(dict(protocol=protocol, scores=scores, diagnosis=diagnosis, warnings=warnings,
                                      captions=entries), ensure_ascii=False, indent=1))
@@ -115,6 +115,13 @@ def caption_split(runs, loader, config, word_map, beam_size, positions, device):
                 captions[-1]["measures"] = (is_true("".join(caption["words"]), scene), *attention_peak_hits(*given),
                                             *attention_peak_hits(*given, coloured_things)[:2])
     return sorted(gather_lists(captions), key=lambda caption: caption["row"])
+
+
+def results_path(checkpoint, split, beam_size, length_penalty):
+    """Where results go by default: beside the checkpoint (Path). Returns: Path."""
+    penalty = f"_penalty{float(length_penalty)}" if length_penalty else ""
+    model = "" if checkpoint.name == "BEST_checkpoint.pth.tar" else f"_{checkpoint.name.removesuffix('.pth.tar')}"
+    return checkpoint.with_name(f"results_{split}_beam{beam_size}{penalty}{model}.json")
 
 
 def training_captions(config):

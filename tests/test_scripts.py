@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import conftest
 import numpy as np
@@ -87,11 +88,21 @@ def test_evaluation_of_uniform_attention_and_without_java(best, tmp_path, monkey
     flags = ["--checkpoint", tmp_path / "blind.pth.tar", "--split", "test_a", "--beam_size", 1]
     monkeypatch.setenv("PATH", str(tmp_path))
     lines = call(eval.main, *flags).out.splitlines()
-    results = json.loads((tmp_path / "results_test_a_beam1.json").read_text(encoding="utf-8"))
+    results = json.loads((tmp_path / "results_test_a_beam1_blind.json").read_text(encoding="utf-8"))
     assert sum(line.startswith("METEOR is left out: ") for line in lines) == 1 and "METEOR" not in results["scores"]
     assert results["diagnosis"]["attention_shift"] < 0.01 and results["diagnosis"]["attention_entropy"] > 0.99
     assert len(results["warnings"]) >= 2 and all(f"warning: {text}" in lines for text in results["warnings"])
     fails(eval.main, *flags, "--official", "true", parts=("java", "install"))
+
+
+def test_results_of_another_model_or_search_have_another_name():
+    best = Path("models/BEST_checkpoint.pth.tar")
+    assert eval.results_path(best, "valid", 3, 0) == Path("models/results_valid_beam3.json")
+    names = {eval.results_path(best.with_name(name), split, beam_size, length_penalty)
+             for name in ("BEST_checkpoint.pth.tar", "checkpoint.pth.tar", "checkpoint.previous.pth.tar", "my.pt")
+             for split in ("valid", "test_a") for beam_size in (1, 3) for length_penalty in (0.0, 0.7, 0.7000001, 1.0)}
+    assert len(names) == 64 and {path.parent for path in names} == {best.parent}
+    assert eval.results_path(best, "valid", 3, 1) == eval.results_path(best, "valid", 3, 1.0)
 
 
 def is_figure(path):
