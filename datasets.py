@@ -37,7 +37,10 @@ SHARED_MEMORY = Path("/dev/shm")  # where workers put batches, on Linux
 ORIENTATION = ExifTags.Base.Orientation
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
-jieba.setLogLevel(logging.WARNING)
+# jieba's cache in the temporary folder may be another version's or another user's. Where there is no
+# such folder, jieba builds its dictionary anew, as quickly, and logs that it could not keep it.
+jieba.dt.tmp_dir = jieba.__file__
+jieba.setLogLevel(logging.CRITICAL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Pixels, words, and batches."""
 import dataclasses
 import json
+import marshal
 import os
 import pickle
 import re
@@ -8,6 +9,8 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 
 import h5py
@@ -221,6 +224,21 @@ def test_training_and_demo_see_the_same_pixels(tiny):
 ])
 def test_tokenize(caption, words):
     assert tokenize(caption) == words
+
+
+LOOKS = "import datasets; print(datasets.kind_of('跑步'), datasets.tokenize('一个男人在打篮球'))"
+
+
+def test_a_cache_of_jieba_is_neither_read_nor_written(tmp_path):
+    (tmp_path / "jieba.cache").write_bytes(marshal.dumps(({"男": 0, "男人": 0, "男人在": 10 ** 9}, 10 ** 9)))
+    before = files_under(tmp_path)
+    for _ in "12":
+        done = subprocess.run([sys.executable, "-c", LOOKS], cwd=ROOT, capture_output=True, encoding="utf-8",
+                              env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONIOENCODING": "utf-8"}, timeout=300)
+        assert done.stdout.strip() == "noun ['一个', '男人', '在', '打篮球']", done.stderr
+        assert files_under(tmp_path) == before
+        before = {}
+        (tmp_path / "jieba.cache").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("caption", ["一個男人騎著馬在沙灘上", "😀👍🏽", "\ufeff\u200b", "<start><end><pad>",
