@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -118,21 +119,55 @@ def read_image(path, image_size):
     return np.array(open_picture(path, image_size).resize((image_size, image_size), Image.Resampling.BILINEAR))
 
 
+def short_names(file_names, prefix=""):
+    """What pictures are called: by file name, without suffix where no other picture can be meant.
+
+    No two get one name: cat.jpg becomes cat, but stays cat.jpg beside a cat.png or a cat.
+
+    Args: file_names (list of str): of one folder. prefix (str): left out as the suffix is.
+    Returns: list of str
+    """
+    names = []  # of each picture, in full and short
+    for file_name in file_names:
+        stem, suffix = os.path.splitext(file_name)
+        short = stem if suffix.lower() in PICTURE_SUFFIXES else file_name
+        names.append((file_name, short.removeprefix(prefix)))
+    counts = collections.Counter(name for both in set(names) for name in set(both))
+    return [short if counts[short] == 1 else file_name for file_name, short in names]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Words
 
 
 def tokenize(caption):
-    """Segment a sentence into words: jieba's exact mode, without white space and the full stop 。
+    """Segment a sentence, normalised, into words. Args: caption (str). Returns: list of str."""
+    return segment(normalise(caption))
 
-    AI Challenger's evaluator drops the full stop too; <end> marks the end of a sentence.
 
-    Args:
-        caption (str)
-    Returns:
-        list of str
+def segment(text):
+    """jieba's exact mode, without white space. Args: text (str). Returns: list of str."""
+    return [word for word in jieba.cut(text) if not word.isspace()]
+
+
+def normalise(caption):
+    """A caption as it is segmented and compared; it is empty if nothing is left.
+
+    Left out are the full stop, as by AI Challenger's evaluator (<end> marks the end of a sentence),
+    white space as by unsegmented, and what nobody sees: NUL, halves of an emoji, zero-width spaces
+    and joiners, soft hyphens, byte order marks, variation selectors.
+
+    Args: caption (str). Returns: str.
     """
-    return [word for word in jieba.cut(caption.replace("。", "")) if not word.isspace()]
+    caption = re.sub("[。\ufe00-\ufe0f\U000e0100-\U000e01ef]", "", caption)
+    invisible = ("Cc", "Cf", "Cs")  # Unicode's categories: controls, format, surrogates
+    return unsegmented("".join(character for character in caption if character.isspace()
+                               or unicodedata.category(character) not in invisible))
+
+
+def unsegmented(caption):
+    """A caption without white space, except between two Latin words or numbers. Returns: str."""
+    return re.sub("(?<=[^!-~À-ɏ]) | (?=[^!-~À-ɏ])", "", " ".join(caption.split()))
 
 
 @functools.cache
@@ -364,7 +399,7 @@ def open_split(path, expected):
 
 def tokenize_references(dataset):
     """The human captions of each picture as words. Returns: list (pictures) of lists (captions) of lists of str."""
-    return [[tokenize(caption) for caption in captions] for captions in dataset.raw_captions]
+    return [list(filter(None, map(tokenize, captions))) for captions in dataset.raw_captions]
 
 
 class BatchSampler(Sampler):

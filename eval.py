@@ -20,7 +20,7 @@ import fast
 from checkpoint import open_checkpoint
 from config import boolean, parse_args, positive
 from data.sample import attention_peak_hits, coloured_things, is_true, read_scenes
-from datasets import CaptionDataset, make_loader, tokenize_references
+from datasets import CaptionDataset, make_loader, normalise, short_names, tokenize_references
 from fast.features import keep_features
 from models import generate, pixel_positions
 from scores import attention_course, diagnose, diagnose_words, official_scores, ptb_tokenize, scores_of_both_units
@@ -55,15 +55,16 @@ def main():
     if rank > 0:
         return
 
-    # A model of the original may write the full stop, which the references lack.
-    hypotheses = [[word for word in caption["words"] if word != "。"] for caption in captions]
+    # A model of the original may write the full stop, which the references lack; one of old data, what nobody sees.
+    hypotheses = [list(filter(normalise, caption["words"])) for caption in captions]
     references = tokenize_references(dataset)
-    submission = [dict(image_id=Path(image_id).stem, caption="".join(words))
-                  for image_id, words in zip(dataset.image_ids, hypotheses)]
+    submission = [dict(image_id=name, caption="".join(words))
+                  for name, words in zip(short_names(dataset.image_ids), hypotheses)]
     protocol = dict(split=args.split, pictures=len(dataset), pictures_with_references=sum(map(bool, references)),
                     references=sum(map(len, references)), beam_size=args.beam_size,
                     length_penalty=config.length_penalty, captions="generated",
-                    tokens="jieba, exact mode, without 。", char="one by one; runs of Latin letters or digits are one")
+                    tokens="jieba, exact mode, without 。, white space and invisible characters",
+                    char="one by one; runs of Latin letters or digits are one")
     if args.official:
         protocol["official"] = "jieba, exact mode, without 。, then PTB, for captions and references"
     print(", ".join(f"{name} {value}" for name, value in protocol.items()))
@@ -125,11 +126,11 @@ def results_path(checkpoint, split, beam_size, length_penalty):
 
 
 def training_captions(config):
-    """The captions that the model was trained on, as one string each, without 。. Returns: set; None without the file.
+    """The captions that the model was trained on, normalised, without white space. Returns: set; None without the file.
     """
     if not (Path(config.data_dir) / "train.h5").exists():
         return None
-    return {"".join(raw.replace("。", "").split()) for captions in CaptionDataset(config, "train").raw_captions
+    return {"".join(normalise(raw).split()) for captions in CaptionDataset(config, "train").raw_captions
             for raw in captions}
 
 

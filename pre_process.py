@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from config import get_config, parse_args
 from datasets import (FORMAT_VERSION, JIEBA_VERSION, PICTURE_SUFFIXES, BadPicture, build_word_map, encode_caption,
-                      load_word_map, open_split, read_image, tokenize, word_map_digest)
+                      load_word_map, normalise, open_split, read_image, tokenize, word_map_digest)
 from utils import UserError, need_space, replacing, run, write_text
 
 # split: archive or folder, its folder of pictures, its annotations
@@ -196,8 +196,8 @@ def read_source(folder, annotations, config, is_annotated):
     is_annotated = is_annotated or any(entries.values())
     for image_id, captions in entries.items():
         # HDF5 strings end at NUL, and half of a surrogate pair (a broken emoji) cannot be encoded.
-        captions = [caption.replace("\0", "").encode("utf-8", "replace").decode().strip() for caption in captions]
-        filled = [caption for caption in captions if caption.replace("。", "").strip()]
+        captions = [caption.replace("\0", "").encode("utf-8", "ignore").decode().strip() for caption in captions]
+        filled = [caption for caption in captions if normalise(caption)]
         source["empty"] += len(captions) - len(filled)
         source["extra"] += max(len(filled) - config.captions_per_image, 0)
         if filled or not is_annotated:

@@ -29,7 +29,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 
 from config import boolean, new_parser
-from datasets import END, PAD, START, UNK, tokenize
+from datasets import END, PAD, START, UNK, normalise, segment, short_names, tokenize, unsegmented
 
 JAVA_SECONDS = 300  # METEOR of 30,000 pictures takes a tenth of that
 # Thresholds for a warning. Two random pictures hardly ever deserve the same caption, while a model with ten captions
@@ -215,6 +215,8 @@ def meteor(hypotheses, references):
 
 def scores_of_both_units(hypotheses, references):
     """Over words and, as `char BLEU-4` and so on, over characters, and METEOR. Args and returns: see score."""
+    if sum(map(bool, references)) == 1:
+        print("CIDEr of a single picture is 0: it weighs words by how few of the pictures have them")
     by_character = score([*map(characters, hypotheses)], [[*map(characters, human)] for human in references])
     return {**score(hypotheses, references), **meteor(hypotheses, references),
             **{f"char {name}": value for name, value in by_character.items()}}
@@ -229,8 +231,9 @@ def ptb_tokenize(captions):
     Args: captions (list of str). Returns: list of lists of str. Raises: UserError: Java is missing or fails.
     """
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
+    text = "\n".join(" ".join(segment(caption.replace("。", ""))) for caption in captions)
     lines = run_java("-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding",
-                     "UTF-8", text="\n".join(" ".join(tokenize(caption)) for caption in captions)).split("\n")
+                     "UTF-8", text=text).split("\n")
     if len(lines) != len(captions):
         raise UserError(f"java gave {len(lines)} lines for {len(captions)} captions, the first {lines[0][:80]!r}")
     return [[word for word in line.rstrip().split(" ") if word not in ptbtokenizer.PUNCTUATIONS] for line in lines]
@@ -264,7 +267,7 @@ def check_submission(submission, references):
     """Refuse what AI Challenger's evaluator refused. Args and Raises: see official_scores."""
     for entry in submission:
         texts = [entry.get("image_id"), entry.get("caption")] if isinstance(entry, dict) else [None]
-        if not all(isinstance(text, str) and text for text in texts):
+        if not all(isinstance(text, str) and normalise(text) for text in texts):
             raise UserError(f"the submission has an entry without image_id or caption: {entry}")
     counts = collections.Counter(entry["image_id"] for entry in submission)
     for fault, ids in (("missing", references.keys() - counts.keys()), ("unknown", counts.keys() - references.keys()),
@@ -350,7 +353,7 @@ def diagnose_words(hypotheses, references, seen):
 
     Args:
         hypotheses (list of lists of str): one per picture. references: see score.
-        seen (set of str): training captions, not segmented, without 。; None where they are not at hand.
+        seen (set of str): training captions, normalised, without white space; None where they are not at hand.
     Returns:
         dict: bad_endings (share of the captions that end with one of BAD_ENDINGS), repeated_words (share that have some
         word twice), length_ratio (words per caption over those per reference), copied_captions (share that some
@@ -377,8 +380,8 @@ def main():
     parser.add_argument("--official", type=boolean, default=False, metavar="BOOL",
                         help="also compute the scores of AI Challenger's evaluator; needs Java (false)")
     args = parser.parse_args()
-    human, names = read_references(args.references)
-    submission = read_submission(args.captions, names)
+    human, ids = read_references(args.references)
+    submission = read_submission(args.captions, [*human], ids)
     check_submission(submission, human)
     hypotheses = [entry.get("words") or tokenize(entry["caption"]) for entry in submission]
     references = [[tokenize(caption) for caption in human[entry["image_id"]]] for entry in submission]
@@ -397,64 +400,77 @@ def read_json(path):
         raise UserError(f"{path} cannot be read as JSON ({' '.join(str(error).split())})") from None
 
 
-def picture_name(image_id):
-    """What a picture is called wherever it is named: its file name without .jpg, or COCO's number, as str."""
-    return re.sub(r"\.(jpg|jpeg|png)$", "", str(image_id), flags=re.IGNORECASE)
-
-
-def unsegmented(caption):
-    """A caption without white space, except between two Latin words or numbers. Returns: str."""
-    return re.sub(r"(?<=[^ -~])\s+|\s+(?=[^ -~])", "", caption.strip())
-
-
 def read_references(path):
     """Human captions: AI Challenger's annotations, COCO's (as its evaluator and the contest's take), eval.py's results.
 
     Returns:
-        dict: picture -> list of str, not segmented (white space between words is removed).
-        dict: other name of a picture -> picture.
+        dict: picture's file name -> list of str, not segmented (white space between words is removed).
+        dict: COCO's id (str) -> picture's file name.
     Raises:
         UserError: not such a file; no captions.
     """
-    content, human, names = read_json(path), collections.defaultdict(list), {}
+    content, human, ids = read_json(path), collections.defaultdict(list), {}
     try:
         if isinstance(content, dict) and "annotations" in content:
-            names = {str(image["id"]): picture_name(image["file_name"]) for image in content["images"]}
-            entries = [(names[str(entry["image_id"])], [entry["caption"]]) for entry in content["annotations"]]
+            ids = {str(image["id"]): str(image["file_name"]) for image in content["images"]}
+            entries = [(ids[str(entry["image_id"])], entry["caption"]) for entry in content["annotations"]]
         elif isinstance(content, dict):
-            entries = [(picture_name(entry["image_id"]), entry["references"]) for entry in content["captions"]]
+            entries = [(str(entry["image_id"]), entry["references"]) for entry in content["captions"]]
         else:
-            entries = [(picture_name(entry["image_id"]), entry["caption"]) for entry in content]
+            entries = [(str(entry["image_id"]), entry["caption"]) for entry in content]
         for name, captions in entries:
             captions = [captions] if isinstance(captions, str) else captions
-            human[name] += filter(None, map(unsegmented, captions))
+            if not isinstance(captions, list):
+                raise TypeError(f"the caption of {name} is neither a sentence nor a list of sentences")
+            human[name] += map(unsegmented, filter(normalise, captions))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} has no references as AI Challenger, COCO or eval.py write them "
                         f"({type(error).__name__}: {error})") from None
     human = {name: captions for name, captions in human.items() if captions}
     if not human:
         raise UserError(f"{path} has no references")
-    return human, names
+    return human, {number: name for number, name in ids.items() if name in human}
 
 
-def read_submission(path, names):
+def read_submission(path, file_names, ids):
     """Generated captions: a list of image_id and caption, as AI Challenger and COCO take it, or eval.py's results.
 
-    Args: names (dict): of read_references.
-    Returns: list of dict: image_id (str), caption (str, not segmented), and words where the file has them.
-    Raises: UserError: not such a file.
+    Args: path. file_names (list of str), ids (dict): of the references, see read_references.
+    Returns: list of dict: image_id (str: file name), caption (str, not segmented), and words where the file has them.
+    Raises: UserError: not such a file; pictures named in two ways.
     """
     content = read_json(path)
     entries = content.get("captions") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path} is not a list of image_id and caption, nor the results of eval.py")
+    pictures = find_pictures([entry.get("image_id", "") for entry in entries], file_names, ids)
     found = []
-    for entry in entries:
-        name, caption = picture_name(entry.get("image_id", "")), entry.get("caption")
-        found.append(dict(image_id=names.get(name, name), caption=caption))
+    for picture, entry in zip(pictures, entries):
+        found.append(dict(image_id=picture, caption=entry.get("caption")))
         if isinstance(content, dict) and "words" in entry:
-            found[-1]["words"] = [word for word in entry["words"] if word != "。"]
+            found[-1]["words"] = list(filter(None, map(normalise, entry["words"])))
     return found
+
+
+def find_pictures(image_ids, file_names, ids):
+    """The pictures that a submission names: all by file name, with or without suffix, or all by COCO's id.
+
+    A number may be one picture's name and another's id. Where both ways fit, strings are names and numbers are ids.
+
+    Args: image_ids (list of str or int). file_names (list of str), ids (dict): see read_submission.
+    Returns: list of str: file names; what is unknown as it is. Raises: UserError: neither way fits all that is known.
+    """
+    given = [*map(str, image_ids)]
+    known = dict(zip(short_names(file_names), file_names)) | {name: name for name in file_names}
+    by_name = [known.get(name) or known.get(short) for name, short in zip(given, short_names(given))]
+    by_id = [ids.get(number) for number in given]
+    are_numbers = {isinstance(image_id, int) for image_id in image_ids}
+    ways = [by_id, by_name] if are_numbers == {True} else [by_name, by_id]
+    doubtful = len(are_numbers) == 2 and any(one and other and one != other for one, other in zip(*ways))
+    for way, other_way in (ways, ways[::-1]):
+        if not doubtful and all(one or not other for one, other in zip(way, other_way)):
+            return [picture or name for picture, name in zip(way, given)]
+    raise UserError("the submission names some pictures by file name and others by COCO's id: use one of the two")
 
 
 def signature(submission, human, scores):
@@ -463,7 +479,8 @@ def signature(submission, human, scores):
     own = sum("words" in entry for entry in submission)
     parts = dict(
         pictures=len(submission), references=f"{min(counts)} to {max(counts)} per picture",
-        tokens=f"jieba {version('jieba')} exact mode, without 。, no PTB, captions "
+        tokens=f"jieba {version('jieba')} exact mode, without 。, white space and invisible characters, "
+               "no PTB, captions "
                + ("as the model wrote them" if own == len(submission) else "segmented anew"),
         BLEU=f"nltk {version('nltk')}, closest reference length",
         CIDEr="CIDEr-D, sigma 6, without <end>, document frequencies of these references",

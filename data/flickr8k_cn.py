@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where config.py is
 
 from config import new_parser  # noqa: E402
+from datasets import normalise  # noqa: E402
 from pre_process import SPLITS, is_file_name  # noqa: E402
 from utils import UserError, run  # noqa: E402
 
@@ -107,7 +108,7 @@ def read_source(source):
         entries[split], no_picture, no_caption, blank = [], [], [], []
         for name in names:
             texts = captions.get(name, [])
-            filled = [text for text in texts if text.replace("。", "").strip()]
+            filled = [text for text in texts if normalise(text)]
             blank += [name] * (len(texts) - len(filled))
             if not (source / PICTURES / name).is_file():
                 no_picture.append(name)

@@ -23,7 +23,8 @@ from torch.utils.data._utils import signal_handling
 
 from config import get_config
 from datasets import (BadPicture, BatchSampler, CaptionDataset, build_word_map, decode_caption, draft_size, kind_of,
-                      encode_caption, load_word_map, make_loader, open_picture, read_image, tokenize, word_list)
+                      encode_caption, load_word_map, make_loader, normalise, open_picture, read_image, short_names,
+                      tokenize, word_list)
 from pre_process import SPLITS
 from utils import UserError, replacing, write_text
 
@@ -210,6 +211,18 @@ def test_training_and_demo_see_the_same_pixels(tiny):
         assert np.array_equal(read_image(tiny / SPLITS["train"][0] / SPLITS["train"][1] / image_id, 64), pixels)
 
 
+@pytest.mark.parametrize("file_names, expected", [
+    (["a.jpg", "b.WEBP", "c.tiff", "d", "e.v2", ".jpg"], ["a", "b", "c", "d", "e.v2", ".jpg"]),
+    (["cat.jpg", "cat.png", "dog.jpg"], ["cat.jpg", "cat.png", "dog"]),
+    (["cat.jpg", "cat.png", "cat.png.jpg"], ["cat.jpg", "cat.png", "cat.png.jpg"]),
+    (["cat", "cat.jpg", "cat.jpg"], ["cat", "cat.jpg", "cat.jpg"]),
+    (["image_3.jpg", "3.jpg", "image_4.jpg"], ["image_3.jpg", "3.jpg", "4"]),
+])
+def test_pictures_are_named_by_their_files(file_names, expected):
+    assert short_names(file_names, prefix="image_") == expected
+    assert len(set(expected)) == len(set(file_names))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Words
 
@@ -221,9 +234,18 @@ def test_training_and_demo_see_the_same_pixels(tiny):
     ("", []),
     ("两个人，一只狗", ["两个", "人", "，", "一只", "狗"]),
     ("a man 打 NBA", ["a", "man", "打", "NBA"]),
+    ("a\t\tman\r\non 。 3 CD", ["a", "man", "on", "3", "CD"]),
 ])
 def test_tokenize(caption, words):
     assert tokenize(caption) == words
+
+
+@pytest.mark.parametrize("nothing", [" ", "\n", "\u3000", "\0", "\x1b", "\ud83d", "\u200b", "\u200d", "\ufeff",
+                                     "\u00ad", "\ufe0f", "\U000e0100", "\u2028\u200b "], ids=ascii)
+def test_what_nobody_sees_is_no_word_and_parts_none(nothing):
+    caption = "水里有3个穿着T恤的男人，在打篮球"
+    assert tokenize(nothing.join(["", *caption, "。", ""])) == tokenize(caption)
+    assert normalise(nothing) == normalise(f"{nothing}。{nothing}") == ""
 
 
 LOOKS = "import datasets; print(datasets.kind_of('跑步'), datasets.tokenize('一个男人在打篮球'))"
@@ -241,9 +263,9 @@ def test_a_cache_of_jieba_is_neither_read_nor_written(tmp_path):
         (tmp_path / "jieba.cache").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("caption", ["一個男人騎著馬在沙灘上", "😀👍🏽", "\ufeff\u200b", "<start><end><pad>",
-                                     "1,000 % (x)"])
-def test_tokenize_keeps_every_character_but_space_and_full_stop(caption):
+@pytest.mark.parametrize("caption", ["一個男人騎著馬在沙灘上", "😀👍🏽", "<start><end><pad>", "1,000 % (x)",
+                                     "café \ue000 ×𠀀ｶﾞ"])
+def test_tokenize_keeps_every_character_that_is_seen_but_the_full_stop(caption):
     assert "".join(tokenize(caption)) == "".join(caption.split())
 
 

@@ -84,6 +84,7 @@ def test_tokenization_of_the_official_evaluator():
         "T恤和CD机 iPhone6": "t恤 和 cd机 iphone6",
         "a\u2028b\x0bc\r\nd\u3000e": "a b c d e",  # one caption, whatever its line separators
         "。": "",
+        "一个 男 人。": "一个 男 人",  # as it is: nothing else is left out or joined
         "最后": "最后",
     }
     assert dict(zip(expected, map(" ".join, ptb_tokenize(list(expected))))) == expected
@@ -123,7 +124,7 @@ def formats(kind):
 
 def run_scores(folder, captions, references, *flags):
     for name, content in (("captions", captions), ("references", references)):
-        (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     return call(scores.main, folder / "captions.json", folder / "references.json", *flags)
 
 
@@ -157,6 +158,85 @@ def test_what_cannot_be_scored_is_refused(change, message, tmp_path):
     change(captions, references)
     result = run_scores(tmp_path, captions, references)
     assert result.code == 2 and message in error_line(result.err) and not result.out
+
+
+SENTENCES = ["一个男人在草地上跑步", "两只小狗在沙滩上玩耍", "水里有三个穿着红色T恤的女人"]
+
+
+def coco_of(file_names, first_id=0):
+    """References in COCO's format: SENTENCES, whose ids count from first_id."""
+    return dict(images=[dict(id=first_id + i, file_name=name) for i, name in enumerate(file_names)],
+                annotations=[dict(image_id=first_id + i, caption=SENTENCES[i]) for i in range(len(file_names))])
+
+
+def listed(file_names, strewn_with=""):
+    return [dict(image_id=name, caption=[strewn_with.join(text)]) for name, text in zip(file_names, SENTENCES)]
+
+
+@pytest.mark.parametrize("image_ids, references", [
+    (["a", "b", "c"], listed(["a.webp", "b.TIF", "c.bmp"])), (["a.jpg", "b.bmp", "c.v2"], listed(["a", "b", "c.v2"])),
+    (["cat.jpg", "cat.png", "cat.png.jpg"], listed(["cat.jpg", "cat.png", "cat.png.jpg"])),
+    ([3, 1, 2], listed([3, 1, 2])),
+    (["2.jpg", "3.jpg", "1.jpg"], coco_of(["2.jpg", "3.jpg", "1.jpg"], 1)),
+    (["2", "3", "1"], coco_of(["2.jpg", "3.jpg", "1.jpg"], 1)), ([1, 2, 3], coco_of(["2.jpg", "3.jpg", "1.jpg"], 1)),
+    *((image_ids, coco_of(["1.jpg", "2.jpg", "3.jpg"])) for image_ids in (
+        ["1.jpg", "2.jpg", "3.jpg"], ["1", "2", "3"], [1, 2, 3], ["0", "1", "2"], [0, 1, 2])),
+])
+def test_a_caption_is_scored_against_its_own_picture(image_ids, references, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Java
+    captions = [dict(image_id=image_id, caption=text) for image_id, text in zip(image_ids, SENTENCES)]
+    result = run_scores(tmp_path, captions[::-1], references)
+    assert "BLEU-4 1.0000" in result.out, result
+
+
+@pytest.mark.parametrize("image_ids, file_names, message", [
+    (["0", "3"], ["1.jpg", "2.jpg", "3.jpg"], "by file name and others by COCO's id"),
+    ([0, "b.jpg"], ["a.jpg", "b.jpg"], "by file name and others by COCO's id"),
+    ([1, "0"], ["1.jpg", "0.jpg"], "by file name and others by COCO's id"),
+    (["cat"], ["cat.jpg", "cat.png"], "missing pictures"), (["a.jpg", "a.png"], ["a.jpg", "b.jpg"], "missing pictures"),
+    (["a", "a.jpg"], ["a.jpg"], "1 repeated pictures, such as a.jpg"),
+])
+def test_a_picture_is_never_taken_for_another(image_ids, file_names, message, tmp_path):
+    captions = [dict(image_id=image_id, caption="人") for image_id in image_ids]
+    result = run_scores(tmp_path, captions, coco_of(file_names))
+    assert result.code == 2 and message in error_line(result.err) and not result.out
+
+
+@pytest.mark.parametrize("nothing", [" ", "\u200b", "\ud83d", "\ufeff\t"], ids=ascii)
+def test_equal_sentences_score_alike_whatever_nobody_sees_in_them(nothing, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Java
+    plain = [dict(image_id=name, caption=text) for name, text in zip("abc", SENTENCES[1:] + SENTENCES[:1])]
+    strewn = [dict(entry, caption=nothing.join(entry["caption"] + "。")) for entry in plain]
+    expected = run_scores(tmp_path, plain, listed("abc"))
+    assert expected.code == 0 and "without 。, white space and invisible characters" in expected.out
+    for captions, references in ((strewn, listed("abc")), (plain, listed("abc", nothing))):
+        assert run_scores(tmp_path, captions, references) == expected
+
+
+@pytest.mark.parametrize("text", [" ", "。", "\u200b", "\ud83d", " 。\ufeff"], ids=ascii)
+def test_a_caption_of_nothing_is_refused_as_an_empty_one_is(text, tmp_path):
+    captions = [dict(image_id="a", caption="人"), dict(image_id="b", caption=text)]
+    result = run_scores(tmp_path, captions, listed("ab"))
+    assert result.code == 2 and "without image_id or caption" in error_line(result.err)
+    result = run_scores(tmp_path, captions[:1], [dict(image_id="a", caption=text)])
+    assert result.code == 2 and "references.json has no references" in error_line(result.err)
+
+
+@pytest.mark.parametrize("captions", [{"zh": "人"}, [{"zh": "人"}], ["人", None], None, 3, [["人"]]], ids=str)
+def test_references_that_are_no_sentences_are_refused(captions, tmp_path):
+    for references in ([dict(image_id="a.jpg", caption=captions)], dict(captions=[dict(
+            image_id="a.jpg", references=captions)])):
+        result = run_scores(tmp_path, [dict(image_id="a", caption="人")], references)
+        assert result.code == 2 and "references.json has no references as" in error_line(result.err)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_why_cider_is_0_where_it_must_be(n, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Java
+    captions = [dict(image_id=name, caption=text) for name, text in zip("abc"[:n], SENTENCES)]
+    result = run_scores(tmp_path, captions, listed("abc"[:n]))
+    assert result.code == 0 and result.out.count("CIDEr of a single picture is 0") == (n == 1)
+    assert ("CIDEr 0.0000" in result.out) == (n == 1)
 
 
 def test_a_file_that_is_not_json(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import conftest
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -103,6 +104,22 @@ def test_results_of_another_model_or_search_have_another_name():
              for split in ("valid", "test_a") for beam_size in (1, 3) for length_penalty in (0.0, 0.7, 0.7000001, 1.0)}
     assert len(names) == 64 and {path.parent for path in names} == {best.parent}
     assert eval.results_path(best, "valid", 3, 1) == eval.results_path(best, "valid", 3, 1.0)
+
+
+def test_scores_finds_the_pictures_that_eval_names(best, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "meteor", lambda *_: {})
+    shutil.copy(tiny / "test_a.h5", tmp_path)
+    with h5py.File(tmp_path / "test_a.h5", "a") as file:
+        file["image_ids"][:] = ["cat.jpg", "cat.png", "dog.webp", "1.TIF"]
+    results, path = tmp_path / "results.json", tmp_path / "submission.json"
+    call(eval.main, "--checkpoint", best, "--data_dir", tmp_path, "--split", "test_a", "--results", results,
+         "--write_submission", path)
+    submission = json.loads(path.read_text(encoding="utf-8"))
+    assert [entry["image_id"] for entry in submission] == ["cat.jpg", "cat.png", "dog", "1"]
+    for entry, result in zip(submission, json.loads(results.read_text(encoding="utf-8"))["captions"]):
+        entry["caption"] = result["references"][0]  # the model has learnt nothing
+    path.write_text(json.dumps(submission), encoding="utf-8")
+    assert "BLEU-4 1.0000" in call(scores.main, path, results).out
 
 
 def is_figure(path):
