@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import unicodedata
 import warnings
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils import UserError
@@ -35,8 +36,11 @@ PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
 # Not EPS, whose decoder runs another program, nor formats that no photograph needs.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SHARED_MEMORY = Path("/dev/shm")  # where workers put batches, on Linux
-ORIENTATION = ExifTags.Base.Orientation
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+                    ".pbm", ".pnm")
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,  # EXIF's orientation; 1 is upright
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+         7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 # jieba's cache in the temporary folder may be another version's or another user's. Where there is no
 # such folder, jieba builds its dictionary anew, as quickly, and logs that it could not keep it.
@@ -53,7 +57,7 @@ class BadPicture(Exception):
 
 
 def open_picture(path, image_size=None):
-    """Open any picture upright and in RGB: gray, palette, CMYK, 16-bit, transparent (on white), EXIF-rotated.
+    """Open any picture upright and in RGB: gray, palette, CMYK, 16 or 32 bits, transparent (on white), EXIF-rotated.
 
     Args:
         path (str or Path)
@@ -70,16 +74,17 @@ def open_picture(path, image_size=None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=PICTURE_FORMATS) as file:
-                if image_size and (drafted := file.draft(None, draft_size(file.size, image_size))):
-                    exif = Image.Exif()  # the orientation alone: the file tolerates broken EXIF, a copy does not
-                    exif[ORIENTATION] = file.getexif().get(ORIENTATION, 1)
-                    # The box is exact where the reduction does not divide the side.
-                    file = file.resize((image_size, image_size), Image.Resampling.BILINEAR, drafted[1])
-                    file.info["exif"] = exif.tobytes()
-                picture = ImageOps.exif_transpose(file)
-                picture.load()
-            if picture.mode.startswith("I"):  # Pillow clips 16 bits to 8 where it should scale
-                return Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+                drafted = file.draft(None, draft_size(file.size, image_size)) if image_size else None
+                file.load()
+                turn = turn_of(file)
+                picture = file
+                if drafted:  # the box is exact where the reduction does not divide the side
+                    picture = file.resize((image_size, image_size), Image.Resampling.BILINEAR, drafted[1])
+                if turn is not None:
+                    picture = picture.transpose(turn)
+            if picture.mode.startswith(("I", "F")):
+                has_full_scale = picture.mode.startswith("I;16") or file.format == "PPM" and picture.mode == "I"
+                return eight_bits(picture, has_full_scale).convert("RGB")
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
@@ -87,6 +92,33 @@ def open_picture(path, image_size=None):
     except Exception as error:  # Pillow's decoders raise anything on a broken file
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).replace(f" {str(path)!r}", "")
         raise BadPicture(f"{path}: {reason or type(error).__name__}") from error
+
+
+def turn_of(file):
+    """How to turn a picture file upright: Image.Transpose, or None where EXIF does not say it, or not properly."""
+    try:
+        return TURNS.get(file.getexif().get(ExifTags.Base.Orientation))
+    except (SyntaxError, ValueError, struct.error):  # of damaged EXIF data, whose picture may be sound
+        return None
+
+
+def eight_bits(picture, has_full_scale):
+    """Scale a gray picture of 16 or 32 bits to 8, where Pillow clips.
+
+    Args:
+        picture (PIL.Image): of mode I;16, I or F. has_full_scale (bool): it goes from 0 to 65,535. Others are taken to
+            go from 0 to 1 or to 255 if they lie within, or else from their lowest number to their highest.
+    Returns:
+        PIL.Image: mode L.
+    """
+    gray = np.nan_to_num(np.asarray(picture, np.float32), posinf=0, neginf=0)
+    low, high = gray.min(), gray.max()
+    if has_full_scale:
+        low, high = 0, 65535
+    elif 0 <= low and high <= 255:
+        low, high = 0, 1 if high <= 1 else 255
+    shades = 255 * (gray - low) / ((high - low) or 1)
+    return Image.fromarray(shades.clip(0, 255).astype(np.uint8))
 
 
 def draft_size(size, image_size):

@@ -22,9 +22,9 @@ from PIL import EpsImagePlugin, Image
 from torch.utils.data._utils import signal_handling
 
 from config import get_config
-from datasets import (BadPicture, BatchSampler, CaptionDataset, build_word_map, decode_caption, draft_size, kind_of,
-                      encode_caption, load_word_map, make_loader, normalise, open_picture, read_image, short_names,
-                      tokenize, word_list)
+from datasets import (PICTURE_FORMATS, PICTURE_SUFFIXES, BadPicture, BatchSampler, CaptionDataset, build_word_map,
+                      decode_caption, draft_size, kind_of, encode_caption, load_word_map, make_loader, normalise,
+                      open_picture, read_image, short_names, tokenize, word_list)
 from pre_process import SPLITS
 from utils import UserError, replacing, write_text
 
@@ -75,6 +75,9 @@ PICTURES = {  # how it is saved, the colour that it must give, tolerance
     "sixteen_bits.png": (sixteen_bits(128 * 257), (128, 128, 128), 1),
     "sixteen_bits_dark.png": (sixteen_bits(300), (1, 1, 1), 1),  # where clipping would give white
     "sixteen_bits.pgm": (lambda path: path.write_bytes(b"P5 4 4 65535\n" + b"\x80\x80" * 16), (128, 128, 128), 1),
+    "floats.tif": (plain("F", 0.5), (127, 127, 127), 1),  # where clipping would give black
+    "floats_to_255.tif": (plain("F", 77), (77, 77, 77), 1),
+    "thirty_two_bits_to_255.tif": (plain("I", 77), (77, 77, 77), 1),
     "animation.gif": (animation, RED, 0),
 }
 
@@ -86,6 +89,29 @@ def test_every_kind_of_picture_gives_its_colours(name, tmp_path):
     pixels = read_image(tmp_path / name, 40)
     assert pixels.dtype == np.uint8 and pixels.shape == (40, 40, 3)
     assert np.abs(pixels.astype(int) - colour).max() <= tolerance
+
+
+@pytest.mark.parametrize("number", [np.float32, np.int32])
+@pytest.mark.parametrize("low, high", [(0, 65535), (0, 4095), (-400, 8800), (2800, 3100), (-3e5, -2e5)])
+def test_what_was_measured_is_shown_from_its_lowest_to_its_highest(low, high, number, tmp_path):
+    measured = np.linspace(low, high, 64).reshape(8, 8).astype(number)
+    Image.fromarray(measured).save(tmp_path / "measured.tif")
+    shades = read_image(tmp_path / "measured.tif", 8)[..., 0].flatten().astype(int)
+    assert np.abs(shades - np.linspace(0, 255, 64)).max() <= 5
+
+
+def test_a_number_that_is_not_finite_spoils_no_other(tmp_path):
+    measured = np.full((8, 8), 0.5, np.float32)
+    measured[0, :3] = np.nan, np.inf, -np.inf
+    Image.fromarray(measured).save(tmp_path / "measured.tif")
+    assert sorted(read_image(tmp_path / "measured.tif", 8)[..., 0].flatten()) == [0] * 3 + [127] * 61
+
+
+def test_every_suffix_of_the_formats_is_known():
+    suffixes = Image.registered_extensions()
+    assert {suffixes[suffix] for suffix in PICTURE_SUFFIXES} == set(PICTURE_FORMATS)
+    others = {suffix for suffix, name in suffixes.items() if name in PICTURE_FORMATS} - {*PICTURE_SUFFIXES}
+    assert others == {".apng", ".pfm"}  # no photographs
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P", "I;16"])
@@ -103,9 +129,38 @@ def test_a_picture_is_turned_upright(mode, orientation, upright, tmp_path):
     assert np.array_equal(read_image(tmp_path / "turned.png", 32), upright(np.stack([shades] * 3, axis=-1)))
 
 
-def test_a_photograph_with_broken_exif_is_still_a_photograph(tmp_path):
-    Image.new("RGB", (8, 8), RED).save(tmp_path / "photo.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
-    assert np.abs(read_image(tmp_path / "photo.jpg", 32).astype(int) - RED).max() <= 2
+TEXT, SHORT, SIGNED = 2, 3, 10  # EXIF's types; SIGNED is a quotient
+
+
+def exif(*entries):
+    """EXIF data as a camera writes it, sound or not. Args: entries: (tag, type, count, 4 bytes). Returns: bytes."""
+    packed = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + packed + bytes(4)
+
+
+@pytest.mark.parametrize("data, is_turned", [
+    (exif((0x0112, SHORT, 1, b"\6\0"), (0x011a, SIGNED, 1, b"\x26")) + b"\xff" * 4 + bytes(4), True),  # -1 / 0
+    (exif((0x0112, SHORT, 1, b"\6\0"), (0x011a, SIGNED, 1, b"\xff\xff")), True),  # its value is nowhere
+    (exif((0x0112, TEXT, 2, b"6\0")), False),
+    (exif((0x0112, SIGNED, 1, b"\x1a")) + bytes(8), False),
+    (exif((0x0112, SHORT, 1, b"\x09\0")), False),
+    (exif((0x0112, SHORT, 1, b"\0\0")), False),
+    (exif()[:-6], False),
+    (b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", False),
+    (b"Exif\0\0no such thing", False),
+], ids=range(9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_of_exif_only_the_orientation_counts_and_only_if_it_is_sound(data, is_turned, form, tmp_path):
+    picture = Image.new("RGB", (200, 100), RED)
+    picture.paste(BLUE, (100, 0, 200, 100))
+    path = tmp_path / "photo.jpg"
+    picture.save(path, form, exif=data)
+    whole = np.asarray(open_picture(path))
+    assert whole.shape == ((200, 100, 3) if is_turned else (100, 200, 3))
+    for pixels in (whole, read_image(path, 32), read_image(path, 512)):  # a JPEG decoded small, and not
+        height, width, _ = pixels.shape
+        upper_right = pixels[height // 4, 3 * width // 4].astype(int)
+        assert np.abs(upper_right - (RED if is_turned else BLUE)).max() < 5
 
 
 def test_a_picture_is_squeezed_into_the_square_whole(tmp_path):
