@@ -15,6 +15,7 @@ from matplotlib.patheffects import withStroke
 from datasets import kind_of
 
 FONT = FontProperties(fname=str(Path(mplfonts.__file__).parent / "fonts" / "NotoSansCJKsc-Regular.otf"))
+TEXT = dict(font=FONT, va="center", parse_math=False)  # a word between dollar signs is no formula
 TILES_PER_ROW = 6
 TILE, GAP, WORD_HEIGHT, CAPTION_HEIGHT = 1.9, 0.03, 0.3, 0.5  # inches: a tile's width, around it, above it, above all
 CAPTION_EM, LABEL_EM = 0.22, 0.18  # inches: a character of the caption, of a name beside its region
@@ -22,6 +23,8 @@ PANEL = TILE * TILES_PER_ROW / 2  # the width of the picture, and of that with t
 COLOURS = "#e6194b", "#3cb44b", "#ffb000", "#4363d8", "#f58231", "#911eb4", "#00a6a6", "#f032e6"  # of things, in turn
 REGION = 0.5  # of the heat's maximum: where a thing's region ends
 EVERYWHERE = 0.7  # share of the picture from which on a region says nothing about where the thing is
+LONGEST_SIDE, LONGEST_SHAPE = 640, 3  # of a picture as shown: pixels; the longer side by the shorter
+LONGEST_WORD = 16  # characters, in a figure
 HEAT_SIDE = 128  # pixels per side of a heat map, which is stretched over the picture
 TEMPLATE = Path(__file__).parent / "images" / "template.html"
 
@@ -36,11 +39,11 @@ def draw_attention(picture, words, alphas, positions, every_word=False):
     Returns:
         matplotlib.figure.Figure
     """
-    picture = picture.copy()
-    picture.thumbnail((640, 640))
+    picture = bounded(picture)
     weights, shape = heat_weights(positions), picture.height / picture.width
     heats = [weights @ alpha @ weights.T for alpha in alphas]
     kinds = [*map(kind_of, words)]
+    words = ["".join(filter(str.isprintable, word))[:LONGEST_WORD] for word in words]
     colours = iter(COLOURS * len(words))
     colours = [next(colours) if kind == "noun" and (heat > REGION * heat.max()).mean() < EVERYWHERE else None
                for kind, heat in zip(kinds, heats)]
@@ -64,7 +67,7 @@ def draw_attention(picture, words, alphas, positions, every_word=False):
     gray.thumbnail((256, 256))
     for place, number in enumerate(tiles):
         left, top = place % TILES_PER_ROW * TILE, tiles_top + place // TILES_PER_ROW * tile_height
-        axis.text(left + TILE / 2, top + WORD_HEIGHT / 2, words[number], font=FONT, size=13, ha="center", va="center",
+        axis.text(left + TILE / 2, top + WORD_HEIGHT / 2, words[number], **TEXT, size=13, ha="center",
                   color=colours[number] or "black")
         extent = (left + GAP, left + TILE - GAP, top + tile_height - GAP, top + WORD_HEIGHT + GAP)
         axis.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=extent)
@@ -74,17 +77,26 @@ def draw_attention(picture, words, alphas, positions, every_word=False):
     return figure
 
 
+def bounded(picture):
+    """A copy to be shown, however large or thin the picture is: a very thin one is stretched, and attention, which is
+    of the whole picture, with it. Returns: PIL.Image."""
+    copy = picture.copy()
+    copy.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    shortest = -(-max(copy.size) // LONGEST_SHAPE)
+    return copy.resize((max(copy.width, shortest), max(copy.height, shortest)))
+
+
 def write_caption(axis, words, colours, kinds, middle):
     """Write the words side by side, things in their colours, words that say nothing by themselves in gray."""
     em = min(CAPTION_EM, 2 * middle / max(ems("".join(words)), 1))
     widths = [em * ems(word) for word in words]
     size, left = 72 * em, middle - sum(widths) / 2
     for word, colour, kind, wide in zip(words, colours, kinds, widths):
-        axis.text(left, CAPTION_HEIGHT / 2, word, font=FONT, size=size, va="center",
+        axis.text(left, CAPTION_HEIGHT / 2, word, **TEXT, size=size,
                   color=colour or ("#888888" if kind == "function word" else "black"))
         left += wide
     if not words:
-        axis.text(middle, CAPTION_HEIGHT / 2, "（空）", font=FONT, size=size, ha="center", va="center")
+        axis.text(middle, CAPTION_HEIGHT / 2, "（空）", **TEXT, size=size, ha="center")
 
 
 def ems(word):
@@ -114,7 +126,7 @@ def label(axis, word, colour, x, y, labels):
               for other_x, other_y, other_half in labels):
         y += LABEL_EM / 4
     labels.append((x, y, half))
-    axis.text(x, y, word, font=FONT, size=72 * LABEL_EM, ha="center", va="center", color=colour,
+    axis.text(x, y, word, **TEXT, size=72 * LABEL_EM, ha="center", color=colour,
               path_effects=[withStroke(linewidth=3, foreground="white")])
 
 
@@ -144,8 +156,7 @@ def page_entry(name, picture, caption):
         (width, height in pixels) and jpeg (base64) of the picture, at most 640 pixels per side; alphas (list of base64,
         one per word): s * s bytes, row by row, proportional to the attention, the maximum 255.
     """
-    picture = picture.copy()
-    picture.thumbnail((640, 640))
+    picture = bounded(picture)
     jpeg = io.BytesIO()
     picture.save(jpeg, "JPEG", quality=80, comment=b"")  # without EXIF data, such as place and time
     alphas = [np.rint(255 * alpha / alpha.max()).astype(np.uint8).tobytes() for alpha in caption["alphas"]]
