@@ -5,6 +5,8 @@
     python demo.py --image my_photos --out my_captions    # a file or a folder
     python demo.py --html images/index.html               # also a page: point at a word to see its attention
 """
+import io
+from contextlib import suppress
 from pathlib import Path
 
 from utils import UserError, replacing, run, write_text
@@ -17,6 +19,8 @@ from config import boolean, parse_args, positive
 from datasets import PICTURE_SUFFIXES, BadPicture, open_picture, read_image
 from models import generate, pixel_positions
 from visualize import draw_attention, html_page, page_entry
+
+COMMENT = b"attention, drawn by demo.py"  # of its figures' JPEG files, which it then does not caption
 
 
 def main():
@@ -42,28 +46,29 @@ def main():
     bad, entries = 0, []
     for path, name in zip(paths, figure_names(paths)):
         try:
-            image = read_image(path, config.image_size)
-        except BadPicture as error:
+            image, picture = read_image(path, config.image_size), open_picture(path)
+            grid = runs.encoder(torch.from_numpy(image)[None].to(device))
+            caption, = generate(runs.decoder, grid, checkpoint["word_map"], config.max_len, args.beam_size,
+                                config.length_penalty)
+            jpeg = io.BytesIO()
+            figure = draw_attention(picture, caption["words"], caption["alphas"], positions, args.every_word)
+            figure.savefig(jpeg, format="jpg", pil_kwargs={"quality": 88, "comment": COMMENT})
+            entry = page_entry(path.name, picture, caption) if args.html else None
+        except (BadPicture, MemoryError, OSError, ValueError) as error:  # all else is the code's fault
             bad += 1
-            print(f"unreadable picture: {error}")
+            print(f"left out: {path}: {str(error).removeprefix(f'{path}: ') or type(error).__name__}")
             continue
-        grid = runs.encoder(torch.from_numpy(image)[None].to(device))
-        caption, = generate(runs.decoder, grid, checkpoint["word_map"], config.max_len, args.beam_size,
-                            config.length_penalty)
-        picture = open_picture(path)
-        figure = draw_attention(picture, caption["words"], caption["alphas"], positions, args.every_word)
         with replacing(out / name) as temporary:
-            figure.savefig(temporary, format="jpg", pil_kwargs={"quality": 88})
-        if args.html:
-            entries.append(page_entry(path.name, picture, caption))
+            temporary.write_bytes(jpeg.getbuffer())
+        entries.append(entry)
         print(f"{path}\t{''.join(caption['words'])}\t{caption['score']:.3f}\t-> {out / name}"
               + ("" if caption["ended"] else "\t(unfinished)"))
-    if entries:
+    if args.html and entries:
         model = f"{config.encoder} · epoch {checkpoint['epoch']} · beam {args.beam_size}"
         write_text(args.html, html_page(model, positions, entries))
         print(f"Wrote {args.html}")
     if bad:
-        raise UserError(f"{bad} of {len(paths)} pictures could not be read (see above)"
+        raise UserError(f"{bad} of {len(paths)} pictures could not be read or drawn (see above)"
                         + ("; the others are done" if bad < len(paths) else ""))
 
 
@@ -76,20 +81,41 @@ def find_pictures(image):
         paths = sorted(Path("images").glob("image_*.jpg"), key=lambda path: (len(path.name), path.name))
         image = "images/image_*.jpg"
     elif Path(image).is_dir():
-        paths = sorted(path for path in Path(image).iterdir() if path.suffix.lower() in PICTURE_SUFFIXES
-                       and path.is_file() and not path.name.startswith("out_"))
+        files = sorted(Path(image).iterdir())
+        pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()]
+        paths = [path for path in pictures if not is_figure(path)]
+        if len(paths) < len(files):
+            print(f"{image}: left out {len(pictures) - len(paths)} figures that demo.py drew, and "
+                  f"{len(files) - len(pictures)} that are not files with the suffix of a picture")
     else:
-        paths = [Path(image)]
-    if not paths or not paths[0].exists():
+        paths = [Path(image)] if Path(image).exists() else []
+    if not paths:
         raise UserError(f"{image}: no such picture; --image takes a file or a folder of {' '.join(PICTURE_SUFFIXES)}")
     return paths
 
 
+def is_figure(path):
+    """Whether demo.py drew what is in this file."""
+    with suppress(OSError), open(path, "rb") as file:  # what cannot be read is said when it is opened as a picture
+        return COMMENT in file.read(1024)
+    return False
+
+
 def figure_names(paths):
-    """File names: image_3.jpg -> out_3.jpg, cat.png -> out_cat.jpg, but out_cat.png.jpg if there is a cat.jpg too."""
+    """A figure's name for each picture: image_3.jpg -> out_3.jpg, cat.png -> out_cat.jpg, but out_cat.png.jpg if there
+    is a cat.jpg too. None is that of another figure or of a picture, even where the case of letters does not count.
+    """
     stems = [path.stem for path in paths]
-    return [f"out_{(path.stem if stems.count(path.stem) == 1 else path.name).removeprefix('image_')}.jpg"
-            for path in paths]
+    shorts = [path.stem if stems.count(path.stem) == 1 else path.name for path in paths]
+    taken, names = {path.name.casefold() for path in paths}, []
+    for short in shorts:
+        name, number = f"out_{short.removeprefix('image_')[:70]}.jpg", 1  # file systems take 255 bytes
+        while name.casefold() in taken:
+            number += 1
+            name = f"out_{number}_{short[:70]}.jpg"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
 
 
 if __name__ == "__main__":

@@ -5,15 +5,17 @@ import io
 import itertools
 import json
 import re
+import resource
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import files_under
+from conftest import ROOT, call, files_under
 from fontTools.ttLib import TTFont
 from matplotlib.figure import Figure
 from PIL import Image
@@ -180,6 +182,63 @@ def test_words_that_say_nothing_get_no_tile_unless_asked_for():
     assert page["small"] == [False, True, True, False]
 
 
+THIN = [(1, 640), (640, 1), (1, 3000), (3000, 1), (10, 1100), (1000, 10)]
+
+
+@pytest.mark.parametrize("size", THIN, ids=str)
+def test_of_a_thin_picture_all_can_be_seen(size):
+    """It is stretched, and attention lies at the same place of it."""
+    halves = Image.new("RGB", size, "red")
+    halves.paste("blue", [side // 2 if side > 10 else 0 for side in size] + list(size))
+    caption, positions, _ = peaks(256, 4)
+    figure = draw_attention(halves, caption["words"], caption["alphas"], positions)
+    assert max(figure.get_size_inches()) < 60
+    for picture in figure.axes[0].images:
+        left, right, bottom, top = picture.get_extent()
+        assert min(right - left, abs(bottom - top)) > 0.4
+    entry = page_entry("a.png", halves, caption)
+    assert 3 * min(entry["size"]) >= max(entry["size"]) == 640
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(entry["jpeg"]))).convert("RGB")).astype(int)
+    assert np.abs(shown[10, 10] - (255, 0, 0)).max() < 60 and np.abs(shown[-10, -10] - (0, 0, 255)).max() < 60
+
+
+MEMORY = """
+import io, resource
+import numpy as np
+from PIL import Image
+from visualize import draw_attention, page_entry
+
+for size in (1080, 1920), (1, 640), (1, 3000):
+    words, alphas = ["小狗", "草地"] * 9, np.random.default_rng(0).dirichlet(np.ones(196), 18).reshape(18, 14, 14)
+    picture = Image.new("RGB", size)
+    draw_attention(picture, words, alphas, np.linspace(0, 1, 14)).savefig(io.BytesIO(), format="jpg")
+    page_entry("a.png", picture, dict(words=words, alphas=alphas, score=0, ended=True))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_a_thin_picture_takes_no_more_memory_than_another():
+    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, [2**33] * 2))
+    assert done.returncode == 0, done.stderr[-2000:]
+    portrait, *thin = map(int, done.stdout.split())
+    assert max(thin) - portrait < 200, "MB"
+
+
+@pytest.mark.parametrize("word", ["$\\foo$", "$x$", "狗\n\n狗", "\x1b[31m\0\x7f\u202e\u200b", "狗" * 500, "x" * 500],
+                         ids=range(6))
+def test_any_word_can_be_drawn(word):
+    caption, positions, _ = peaks(256, 4)
+    figure = draw_attention(Image.new("RGB", (120, 80)), [word] * 4, caption["alphas"], positions, every_word=True)
+    figure.savefig(io.BytesIO(), format="jpg")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert all(text.isprintable() and len(text) < 20 for text in texts)
+    assert word in texts or not word.isprintable() or len(word) >= 20
+    for text in figure.axes[0].texts:
+        box = text.get_window_extent()
+        assert box.height < 60 and box.width < 60 * 16
+
+
 IN_THE_PAGE = """
 <script>
 onload = async () => {
@@ -224,6 +283,79 @@ def test_the_page_has_small_pictures_without_exif_data(tmp_path):
     (tmp_path / "page.jpg").write_bytes(base64.b64decode(entry["jpeg"]))
     assert Image.open(tmp_path / "page.jpg").size == tuple(entry["size"]) == (640, 427)
     assert b"SECRET" not in (tmp_path / "page.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("names", [
+    ["3.jpg", "image_3.jpg"], ["cat.jpg", "image_cat.jpg"], ["cat.jpg", "cat.png", "cat.png.jpg"],
+    ["cat.jpg", "cat.png", "cat.png.jpg", "image_cat.jpg", "image_cat.png"], ["Cat.jpg", "cat.JPG", "cat.jpg"],
+    ["a.jpg", "out_a.jpg", "out_a.jpg.jpg", "out_out_a.jpg"],
+    ["景" * 80 + ".jpg", "景" * 80 + ".jpeg", "景" * 79 + ".jpg"],
+], ids=range(7))
+def test_every_picture_of_a_call_has_a_figure_of_its_own(names, tmp_path):
+    """Also where letters that differ in case only are the same; and no figure has the name of a picture."""
+    figures = demo.figure_names([tmp_path / name for name in names])
+    assert all(name.startswith("out_") and name.endswith(".jpg") for name in figures)
+    assert all(len((name + ".tmp").encode()) < 256 for name in figures)
+    written = {name.casefold() for name in figures}
+    assert len(written) == len(names) and not written & {name.casefold() for name in names}
+
+
+def test_a_figure_has_the_name_of_its_picture_where_no_other_has_it(tmp_path):
+    paths = [tmp_path / name for name in ("image_3.jpg", "cat.png", "OUT_b.JPG")]
+    assert demo.figure_names(paths) == ["out_3.jpg", "out_cat.jpg", "out_OUT_b.jpg"]
+
+
+def test_of_a_folder_nothing_is_left_out_without_a_word(checkpoint, tmp_path):
+    """The figures of a run before, in the same folder, are; a picture of one's own that is named like them is not."""
+    for name in ("a.jpg", "out_b.jpg", "out_a.jpg", "c.JPE"):
+        Image.new("RGB", (90, 60), "red").save(tmp_path / name, "JPEG")
+    for name in ("notes.txt", "d.heic", "empty.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "more").mkdir()
+    own = files_under(tmp_path)
+    flags = ["--checkpoint", checkpoint, "--image", tmp_path, "--out", tmp_path, "--beam_size", 1]
+    captioned = ["a.jpg", "c.JPE", "out_a.jpg", "out_b.jpg"]
+    for figures in (0, 4):
+        done = call(demo.main, *flags)
+        assert done.code == 2 and "1 of 5" in done.err and "empty.png" in done.out
+        lines = [line.split("\t") for line in done.out.splitlines() if "\t" in line]
+        assert [line[0] for line in lines] == [str(tmp_path / name) for name in captioned]
+        assert len({line[3] for line in lines}) == 4
+        skipped, = (line for line in done.out.splitlines() if "left out" in line and "empty" not in line)
+        assert re.findall(r"\d+", skipped.removeprefix(str(tmp_path))) == [str(figures), "3"]
+        assert len(files_under(tmp_path)) == len(own) + 4
+    now = files_under(tmp_path)
+    assert all(now[name] == content for name, content in own.items()), "a picture was overwritten"
+
+
+@pytest.mark.parametrize("what, error", [("draw_attention", ValueError("too large")), ("page_entry", MemoryError())])
+def test_a_picture_that_cannot_be_drawn_is_left_out_and_said(what, error, checkpoint, tmp_path, monkeypatch):
+    for name, width in (("a.png", 90), ("b.png", 91), ("c.png", 92)):
+        Image.new("RGB", (width, 60), "red").save(tmp_path / name)
+    draw = getattr(demo, what)
+
+    def fails_at_one(*args):
+        if any(isinstance(arg, Image.Image) and arg.width == 91 for arg in args):
+            raise error
+        return draw(*args)
+    monkeypatch.setattr(demo, what, fails_at_one)
+    done = call(demo.main, "--checkpoint", checkpoint, "--image", tmp_path, "--out", tmp_path / "out", "--html",
+                tmp_path / "page.html", "--beam_size", 1)
+    assert done.code == 2 and "1 of 3" in done.err and "disk" not in done.err
+    reason = str(error) or type(error).__name__
+    assert [line for line in done.out.splitlines() if "b.png" in line and reason in line]
+    assert [*files_under(tmp_path / "out")] == ["out_a.jpg", "out_c.jpg"]
+    data = Page((tmp_path / "page.html").read_text(encoding="utf-8")).data
+    assert [picture["name"] for picture in data["pictures"]] == ["a.png", "c.png"]
+
+
+def test_a_figure_that_cannot_be_written_ends_the_run(checkpoint, tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (90, 60), "red").save(tmp_path / name)
+    (tmp_path / "out" / "out_a.jpg").mkdir(parents=True)
+    done = call(demo.main, "--checkpoint", checkpoint, "--image", tmp_path, "--out", tmp_path / "out", "--beam_size", 1)
+    assert done.code == 2 and "out_a.jpg could not be written" in done.err
+    assert [*files_under(tmp_path / "out")] == ["out_a.jpg"]
 
 
 def test_a_broken_picture_is_left_out_and_said(run_demo, tmp_path):
