@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import stat
 import sys
 import zipfile
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from config import get_config, parse_args
 from datasets import (FORMAT_VERSION, JIEBA_VERSION, PICTURE_SUFFIXES, BadPicture, build_word_map, encode_caption,
                       load_word_map, normalise, open_split, read_image, tokenize, word_map_digest)
-from utils import UserError, need_space, replacing, run, write_text
+from utils import UserError, alone, end_with_parent, need_space, replacing, run, write_text
 
 # split: archive or folder, its folder of pictures, its annotations
 SPLITS = {
@@ -49,36 +50,49 @@ def main():
     args = parse_args(__doc__, {"overwrite": dict(action="store_true", help="make everything again")})
     config = get_config(args.preset, args.flags)
     data_dir = Path(config.data_dir)
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir} does not exist: make it and put the archives there (data/README.md), or name "
+                        f"another --data_dir")
+    # So that what is half-written, which may fill the disk, is removed as it is after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    with alone(data_dir / "pre_process.lock", "--data_dir"), ProcessPoolExecutor(initializer=end_with_parent) as pool:
+        make_splits(pool, config, args.overwrite)
+
+
+def make_splits(pool, config, overwrite):
+    """Make the word map and the data files that are not there yet. Args: pool (ProcessPoolExecutor). config (Config).
+    overwrite (bool): make all of them.
+    """
+    data_dir = Path(config.data_dir)
     sources = find_sources(config)
 
     expected = {split: dict(format_version=FORMAT_VERSION, source=source["digest"], image_size=config.image_size,
                             captions_per_image=config.captions_per_image, max_len=config.max_len,
                             min_word_freq=config.min_word_freq, jieba_version=JIEBA_VERSION)
                 for split, source in sources.items()}
-    done = [split for split in sources if not args.overwrite and (data_dir / f"{split}.h5").exists()]
+    done = [split for split in sources if not overwrite and (data_dir / f"{split}.h5").exists()]
     word_map = load_word_map(data_dir) if done else None
     check_done(config, done, expected, word_map)
     if len(done) == len(sources):
         print(f"Nothing to do: {', '.join(done)} in {data_dir} are up to date (--overwrite makes them again).")
         return
 
-    with ProcessPoolExecutor() as pool:
-        if "train" not in done:
-            tokens = tokenize_all(pool, sources["train"]["captions"], "train")
-            word_map = build_word_map((words for captions in tokens for words in captions), config.min_word_freq)
-            check_done(config, done, expected, word_map)
-            write_text(data_dir / "WORDMAP.json", json.dumps(word_map, ensure_ascii=False))
-        report_path = data_dir / "pre_process.json"
-        report = dict(vocabulary=len(word_map), jieba_version=JIEBA_VERSION,
-                      splits=read_report(report_path) if done else {})
-        for split, source in sources.items():
-            if split not in done:
-                if split != "train":
-                    tokens = tokenize_all(pool, source["captions"], split)
-                counts = write_split(pool, config, split, source, tokens, word_map, expected[split])
-                report["splits"][split] = counts
-                write_text(report_path, json.dumps(report, ensure_ascii=False, indent=1))
-                print_counts(split, counts)
+    if "train" not in done:
+        tokens = tokenize_all(pool, sources["train"]["captions"], "train")
+        word_map = build_word_map((words for captions in tokens for words in captions), config.min_word_freq)
+        check_done(config, done, expected, word_map)
+        write_text(data_dir / "WORDMAP.json", json.dumps(word_map, ensure_ascii=False))
+    report_path = data_dir / "pre_process.json"
+    report = dict(vocabulary=len(word_map), jieba_version=JIEBA_VERSION,
+                  splits=read_report(report_path) if done else {})
+    for split, source in sources.items():
+        if split not in done:
+            if split != "train":
+                tokens = tokenize_all(pool, source["captions"], split)
+            counts = write_split(pool, config, split, source, tokens, word_map, expected[split])
+            report["splits"][split] = counts
+            write_text(report_path, json.dumps(report, ensure_ascii=False, indent=1))
+            print_counts(split, counts)
     print(f"Vocabulary: {len(word_map)} words (of at least {config.min_word_freq} occurrences, and 4 special tokens)\n"
           f"Wrote {data_dir}/WORDMAP.json, {', '.join(f'{split}.h5' for split in sources if split not in done)}; "
           f"counts and unreadable pictures: {report_path}")

@@ -6,12 +6,15 @@ import contextlib
 import ctypes
 import datetime
 import errno
+import multiprocessing
 import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -266,6 +269,19 @@ def keep_freed_memory():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
+
+
+def end_with_parent():
+    """The initializer of a pool: its processes end with the one that made them, however it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+
+    def wait():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def meet_processes():

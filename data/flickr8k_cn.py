@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where config.
 from config import new_parser  # noqa: E402
 from datasets import normalise  # noqa: E402
 from pre_process import SPLITS, is_file_name  # noqa: E402
-from utils import UserError, run  # noqa: E402
+from utils import UserError, alone, run  # noqa: E402
 
 PICTURES, CAPTIONS = "Flicker8k_Dataset", "flickr8kzhc.caption.txt"
 LISTS = {"train": "flickr8ktrain.txt", "valid": "flickr8kval.txt", "test_a": "flickr8ktest.txt"}
@@ -173,13 +173,14 @@ def main():
 
     splits, left_out = read_source(args.source)
     todo = dict(splits)
-    for split in LISTS:
-        folder = args.out / SPLITS[split][0]
-        if folder.exists() or folder.with_name(f"{folder.name}.zip").exists():
-            if not is_same(folder, split, args.source / PICTURES, todo.pop(split, None) or []):
-                raise UserError(f"{folder} is there already, but not from what {args.source} has now: remove it, or "
-                                f"choose another --out")
-    write_splits(args.out, args.source / PICTURES, todo)
+    with alone(args.out / "pre_process.lock", "--out"):
+        for split in LISTS:
+            folder = args.out / SPLITS[split][0]
+            if folder.exists() or folder.with_name(f"{folder.name}.zip").exists():
+                if not is_same(folder, split, args.source / PICTURES, todo.pop(split, None) or []):
+                    raise UserError(f"{folder} is there already, but not from what {args.source} has now: remove it, "
+                                    f"or choose another --out")
+        write_splits(args.out, args.source / PICTURES, todo)
 
     for split, entries in splits.items():
         print(f"{split:6} {len(entries):6,} pictures {sum(len(entry['caption']) for entry in entries):7,} captions")

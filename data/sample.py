@@ -35,7 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where config.py is
 
 from config import fail, new_parser  # noqa: E402
-from utils import UserError, replacing, run  # noqa: E402
+from utils import UserError, alone, end_with_parent, replacing, run  # noqa: E402
 
 SPLITS = {"train": ("train", "20170902"), "valid": ("validation", "20170910"), "test_a": ("test_a", "20180103")}
 HORIZON, HORIZONS = 0.67, (0.50, 0.72)  # where the ground begins as backgrounds are written down; as they are drawn
@@ -587,17 +587,21 @@ def main():
     for option, least in (("train", 0), ("valid", 0), ("test", 0), ("size", 32), ("seed", 0)):
         if getattr(args, option) < least:
             fail(f"--{option} must be at least {least}")
+    with alone(args.out / "pre_process.lock", "--out"):
+        draw_set(args)
 
+
+def draw_set(args):
+    """Draws the three splits that the command line asks for, in place of those that are there."""
     scenes, counts = {}, (args.train, args.valid, args.test)
     names = [f"ai_challenger_caption_{name}_{date}" for name, date in SPLITS.values()]
     if not (args.out / "scenes.json").exists():
         for path in (args.out / f"{name}{ending}" for name in names for ending in (".zip", "")):
             if path.exists():
                 fail(f"{path} is there, but no scenes.json: this is not a drawn set; choose another --out")
-    args.out.mkdir(parents=True, exist_ok=True)
     for name in names:  # what was extracted from the archives that are about to be replaced
         shutil.rmtree(args.out / name, ignore_errors=True)
-    with multiprocessing.Pool() as pool:
+    with multiprocessing.Pool(initializer=end_with_parent) as pool:
         for split, count in zip(SPLITS, counts):
             scenes |= _write_split(pool, args.out, split, count, args.seed, args.size)
     with replacing(args.out / "scenes.json") as part:

@@ -62,9 +62,10 @@ def error_line(stderr):
 
 
 def files_under(folder):
-    """Everything below a folder, with its content. Returns: dict, relative path -> bytes, or None for a folder."""
+    """Everything below a folder but locks, with its content. Returns: dict, relative path -> bytes, None for a folder.
+    """
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-            for path in sorted(Path(folder).rglob("*"))}
+            for path in sorted(Path(folder).rglob("*")) if path.suffix != ".lock"}
 
 
 SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -4,22 +4,28 @@ import json
 import os
 import resource
 import shutil
+import signal
 import stat
 import struct
+import subprocess
+import sys
+import time
 import warnings
 import zipfile
+from pathlib import Path
 
 import h5py
 import jieba
 import numpy as np
 import pytest
-from conftest import call, error_line, files_under, script
+from conftest import ROOT, call, error_line, files_under, script
 from PIL import Image
 
 import pre_process
 from config import get_config
 from datasets import CaptionDataset, decode_caption, load_word_map, tokenize, word_list
 from pre_process import SPLITS
+from utils import alone
 
 SENTENCES = ["一个男人在打篮球", "草地上有一只狗", "两个孩子在沙滩上玩耍", "一个女人骑着自行车", "桌子上放着一本书"]
 FLAGS = ("--image_size", "32", "--min_word_freq", "1")
@@ -255,6 +261,67 @@ def test_a_worker_that_is_killed_is_told(data_dir, monkeypatch):
 
 def killed(paths, image_size):
     os._exit(9)
+
+
+def test_two_runs_do_not_share_a_folder(data_dir):
+    make_archive(data_dir / SPLITS["train"][0])
+    with alone(data_dir / "pre_process.lock", "--data_dir"):
+        refused(data_dir, data_dir, f"process {os.getpid()}", "--data_dir")
+    assert preprocess(data_dir).code == 0
+
+
+def workers_of(pid):
+    """Process numbers of its children that are alive. Returns: set of int."""
+    children = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except OSError:  # it has just ended
+            continue
+        if int(parent) == pid and state != "Z":
+            children.add(int(path.parent.name))
+    return children
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds=60):
+    """Returns: what the condition gives, once that is true; fails after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_run_that_is_ended_leaves_no_process_and_no_lock(signum, code, data_dir):
+    pictures = data_dir / SPLITS["train"][0] / SPLITS["train"][1]
+    Image.new("RGB", (600, 600)).save(pictures / name_of(0), "PNG")
+    entries = [entry(number) for number in range(2000)]
+    for item in entries[1:]:
+        (pictures / item["image_id"]).unlink(missing_ok=True)
+        os.link(pictures / name_of(0), pictures / item["image_id"])
+    annotations_of(data_dir, "train").write_text(json.dumps(entries))
+
+    command = [sys.executable, str(ROOT / "pre_process.py"), "--data_dir", str(data_dir), *FLAGS]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        wait_until((data_dir / "train.h5.tmp").exists)
+        workers = wait_until(lambda: workers_of(run.pid))
+        second = preprocess(data_dir)
+        run.send_signal(signum)
+    assert second.code == 2 and f"process {run.pid}" in error_line(second.err)
+    assert run.returncode == code
+    wait_until(lambda: not any(map(is_alive, workers)), seconds=20)
+    assert no_leftovers(data_dir) or signum == signal.SIGKILL
+    with alone(data_dir / "pre_process.lock", "--data_dir"):
+        pass
 
 
 # ---------------------------------------------------------------------------------------------------------------------
