@@ -24,7 +24,7 @@ import torch
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils import UserError
+from utils import UserError, reason_of
 
 with warnings.catch_warnings():  # jieba's own use of setuptools is deprecated
     warnings.simplefilter("ignore")
@@ -32,6 +32,7 @@ with warnings.catch_warnings():  # jieba's own use of setuptools is deprecated
 
 FORMAT_VERSION = 2
 JIEBA_VERSION = jieba.__version__  # other versions may segment otherwise
+SETTINGS = ("image_size", "captions_per_image", "max_len", "min_word_freq")  # of a data file
 PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
 # Not EPS, whose decoder runs another program, nor formats that no photograph needs.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -249,15 +250,17 @@ def check_word_map(word_map, source):
 
 
 def load_word_map(data_dir):
-    """Read data_dir/WORDMAP.json. Returns: dict word -> id. Raises: UserError where it is missing or damaged."""
+    """Read data_dir/WORDMAP.json. Returns: dict word -> id. Raises: UserError where it is missing or damaged;
+    OSError where it cannot be read, which making it again would not mend.
+    """
     path = Path(data_dir) / "WORDMAP.json"
     try:
         word_map = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: name the data by --preset or --data_dir, or run pre_process.py "
                         f"(--overwrite if only this file was lost)") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): pre_process.py --overwrite writes it anew") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): pre_process.py --overwrite writes it anew") from None
     return check_word_map(word_map, path)
 
 
@@ -397,7 +400,7 @@ def open_split(path, expected):
     Yields:
         h5py.File, to be read only.
     Raises:
-        UserError: missing, truncated, made with other settings, or not a file of pre_process.py.
+        UserError: missing, not readable, truncated, made with other settings, or not a file of pre_process.py.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: name the data by --preset or --data_dir, or run pre_process.py, which "
@@ -409,8 +412,14 @@ def open_split(path, expected):
                 if found != str(value):
                     what = {"word_map_digest": "another word map", "source": "other annotations"}.get(
                         name, f"{name} {found}, not {value}")
-                    raise UserError(f"{path} was made with {what}: run pre_process.py --overwrite with the settings "
-                                    f"of this run, or point --data_dir at the data that belongs to it")
+                    is_setting = name in SETTINGS and found.isdecimal()
+                    flag = f"give --{name} {found}, or " if is_setting else ""
+                    raise UserError(f"{path} was made with {what}: {flag}point --data_dir at the data "
+                                    f"of this run, or run pre_process.py --overwrite with its settings")
+            for name in ("images", "captions", "caption_lengths", "image_ids", "raw_captions"):
+                is_link = not isinstance(file.get(name, getlink=True), h5py.HardLink)
+                if is_link or file[name].is_virtual or file[name].external:
+                    raise ValueError(f"{name} lies in another file")
             side, k, max_len = (int(file.attrs[name]) for name in ("image_size", "captions_per_image", "max_len"))
             images, lengths, n = file["images"], file["caption_lengths"][:], len(file["images"])
             for name, kind, *shape in (("images", np.uint8, n, side, side, 3), ("image_ids", object, n),
@@ -425,6 +434,12 @@ def open_split(path, expected):
                 raise ValueError("the pixels are not in one piece")
             yield file
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
+        if "unable to lock file" in str(error):
+            raise UserError(f"{path} is open for writing in another program, such as a notebook: close "
+                            f"it there (on a network disk without locks, set "
+                            f"HDF5_USE_FILE_LOCKING=FALSE)") from None
+        if getattr(error, "errno", None):  # the system's reason, not what HDF5 finds in the file
+            raise UserError(f"{path} cannot be read ({reason_of(error)})") from None
         raise UserError(f"{path} is damaged, or not a file of pre_process.py ({' '.join(str(error).split())}): run "
                         f"pre_process.py --overwrite") from None
 

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -472,6 +473,74 @@ def test_a_data_file_that_is_not_what_it_should_be(damage, folder):
     refused(folder)
 
 
+def elsewhere(name, make):
+    """A change of a file: a data set whose content is that of another file."""
+    def change(file):
+        path = Path(file.filename).with_name("elsewhere.h5")
+        with h5py.File(path, "w") as other:
+            file.copy(name, other)
+        shape, dtype = file[name].shape, file[name].dtype
+        del file[name]
+        make(file, name, path, shape, dtype)
+    return change
+
+
+def linked(file, name, path, shape, dtype):
+    file[name] = h5py.ExternalLink(path, name)
+
+
+def softly_linked(file, name, path, shape, dtype):
+    file["there"] = h5py.ExternalLink(path, "/")
+    file[name] = h5py.SoftLink(f"/there/{name}")
+
+
+def stored_elsewhere(file, name, path, shape, dtype):
+    file.create_dataset(name, shape, dtype, external=[(path, 0, h5py.h5f.UNLIMITED)])
+
+
+def virtual(file, name, path, shape, dtype):
+    layout = h5py.VirtualLayout(shape, dtype)
+    layout[:] = h5py.VirtualSource(path, name, shape)
+    file.create_virtual_dataset(name, layout)
+
+
+@pytest.mark.parametrize("make", [linked, softly_linked, stored_elsewhere, virtual])
+@pytest.mark.parametrize("name", ["captions", "caption_lengths"])
+def test_a_data_file_reads_no_other(make, name, folder):
+    with h5py.File(folder / "valid.h5", "a") as file:
+        elsewhere(name, make)(file)
+    refused(folder, f"{name} lies in another file")
+
+
+def unreadable(folder, *words, file="valid.h5"):
+    """Insist on one line that says all of `words`, and nothing of making it again, which would lose corrections."""
+    with pytest.raises((UserError, OSError)) as error:
+        CaptionDataset(config_of(folder), "valid", load_word_map(folder))
+    assert str(folder / file) in str(error.value) and all(word in str(error.value) for word in words)
+    assert "damaged" not in str(error.value) and "--overwrite" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_a_data_file_that_a_notebook_has_open(mode, folder):
+    notebook = f"import h5py; file = h5py.File({str(folder / 'valid.h5')!r}, {mode!r}); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", notebook], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        if mode == "r":
+            CaptionDataset(config_of(folder), "valid", load_word_map(folder))
+        else:
+            unreadable(folder, "open for writing", "close it")
+        process.kill()
+
+
+@pytest.mark.parametrize("file", ["valid.h5", "WORDMAP.json"])
+def test_a_file_that_may_not_be_read(file, folder):
+    """A folder stands for it where the tests run as root, who may read everything."""
+    (folder / file).unlink() if os.geteuid() == 0 else (folder / file).chmod(0)
+    if os.geteuid() == 0:
+        (folder / file).mkdir()
+    unreadable(folder, file=file)
+
+
 @pytest.mark.parametrize("content", [
     lambda whole: b"", lambda whole: b"not HDF5 at all" * 1000, lambda whole: bytes(len(whole)),
     *(lambda whole, share=share: whole[:int(share * len(whole))] for share in (0.01, 0.5, 0.9, 0.9999))])
@@ -500,9 +569,11 @@ def test_a_caption_corrected_with_h5py_is_used(tiny, tmp_path, monkeypatch):
     assert after.raw_captions == before.raw_captions and torch.equal(after[[row]][0], before[[row]][0])
 
 
-@pytest.mark.parametrize("settings", [dict(image_size=128), dict(max_len=20), dict(captions_per_image=3)])
-def test_a_data_file_of_other_settings(settings, folder):
-    refused(folder, *settings.values(), **settings)
+@pytest.mark.parametrize("settings, flag", [(dict(image_size=128), "--image_size 64"),
+                                            (dict(max_len=20), "--max_len 40"),
+                                            (dict(captions_per_image=3), "--captions_per_image 5")])
+def test_a_data_file_of_other_settings_names_the_flag_that_fits_it(settings, flag, folder):
+    refused(folder, *settings.values(), f"give {flag}, or", **settings)
 
 
 def test_a_data_file_of_another_word_map(folder):
