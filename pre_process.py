@@ -8,6 +8,7 @@ At 256 pixels the training pictures of the full set take 41 GB, those of each ot
 left alone, so a second call returns at once. data/pre_process.json records counts and unreadable pictures.
 """
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
@@ -42,6 +43,7 @@ SPLITS = {
     "test_b": ("ai_challenger_caption_test_b_20180103", "caption_test_b_images_20180103",
                "caption_test_b_annotations_20180103.json"),
 }
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 MANY_UNKNOWN = 0.2  # share of words outside the word map above which there is a warning
 PIXELS_BEGIN = 4096  # bytes from the start of {split}.h5, after the header of an empty HDF5 file
 
@@ -51,25 +53,28 @@ def main():
     config = get_config(args.preset, args.flags)
     data_dir = Path(config.data_dir)
     if not data_dir.is_dir():
-        raise UserError(f"{data_dir} does not exist: make it and put the archives there (data/README.md), or name "
-                        f"another --data_dir")
+        raise UserError(f"{data_dir} does not exist: put the archives there (data/README.md), or "
+                        f"name another --data_dir")
     # So that what is half-written, which may fill the disk, is removed as it is after Ctrl-C.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    with alone(data_dir / "pre_process.lock", "--data_dir"), ProcessPoolExecutor(initializer=end_with_parent) as pool:
+    with (alone(data_dir / "pre_process.lock", "--data_dir"),
+          ProcessPoolExecutor(initializer=end_with_parent) as pool):
         make_splits(pool, config, args.overwrite)
 
 
 def make_splits(pool, config, overwrite):
-    """Make the word map and the data files that are not there yet. Args: pool (ProcessPoolExecutor). config (Config).
-    overwrite (bool): make all of them.
-    """
+    """Make the word map and the data files that are not there yet, or, to `overwrite`, all."""
     data_dir = Path(config.data_dir)
-    sources = find_sources(config)
+    sources = find_sources(config, overwrite)
+    for one, other in itertools.combinations(sources, 2):
+        if shared := set(sources[one]["image_ids"]) & set(sources[other]["image_ids"]):
+            print(f"warning: {one} and {other} share {len(shared)} file names, such as "
+                  f"{min(shared)}: where they are the same pictures, take them out of one of the two")
 
-    expected = {split: dict(format_version=FORMAT_VERSION, source=source["digest"], image_size=config.image_size,
-                            captions_per_image=config.captions_per_image, max_len=config.max_len,
-                            min_word_freq=config.min_word_freq, jieba_version=JIEBA_VERSION)
-                for split, source in sources.items()}
+    settings = dict(format_version=FORMAT_VERSION, image_size=config.image_size,
+                    captions_per_image=config.captions_per_image, max_len=config.max_len,
+                    min_word_freq=config.min_word_freq, jieba_version=JIEBA_VERSION)
+    expected = {split: settings | source["attributes"] for split, source in sources.items()}
     done = [split for split in sources if not overwrite and (data_dir / f"{split}.h5").exists()]
     word_map = load_word_map(data_dir) if done else None
     check_done(config, done, expected, word_map)
@@ -102,42 +107,64 @@ def make_splits(pool, config, overwrite):
 # Reading what was published
 
 
-def find_sources(config):
+def find_sources(config, overwrite):
     """Find each split's folder, extracting its archive where only that is there, and read its annotations.
 
     Returns:
-        dict: split -> dict of read_source.
+        dict: split -> dict of read_source; of one that is done and has neither, image_ids and no attributes.
     Raises:
         UserError: train or valid missing, an incomplete folder, a bad archive or annotations.
     """
     sources, data_dir = {}, Path(config.data_dir)
     missing = [split for split, (name, *_) in SPLITS.items()
                if not (data_dir / name).is_dir() and not (data_dir / f"{name}.zip").exists()]
+    done = [split for split in missing if (data_dir / f"{split}.h5").exists()]
     for split in missing:
         root = data_dir / SPLITS[split][0]
-        if split in ("train", "valid"):
+        if split in done and not overwrite:
+            continue
+        if split in ("train", "valid", *done):
             raise UserError(f"neither {root}/ nor {root}.zip exists: data/README.md says where to get it, and "
                             f"`python data/sample.py` draws a small set to try with --preset sample")
         print(f"{split}: no {root.name}.zip, left out")
     for split, (name, images_name, annotations_name) in SPLITS.items():
+        if split in done:
+            with open_split(data_dir / f"{split}.h5", {}) as file:
+                image_ids = file["image_ids"].asstr()[:].tolist()
+            sources[split] = dict(image_ids=image_ids, attributes={})
         if split in missing:
             continue
         root, archive, is_required = data_dir / name, data_dir / f"{name}.zip", split in ("train", "valid")
         if not root.is_dir():
             extract_archive(archive, root)
-        folder, annotations = root / images_name, root / annotations_name
+        top = find_top(root, images_name)
+        folder, annotations = top / images_name, top / annotations_name
         for path in (folder, annotations) if is_required else (folder,):
             if not path.exists():
-                raise UserError(f"{path} does not exist: {root}/ is incomplete; remove it and extract {archive} again")
+                found = ", ".join(sorted(path.name for path in top.iterdir())[:3]) or "nothing"
+                raise UserError(f"{path} does not exist; what {top}/ has is {found}. Move there what "
+                                f"belongs there, or remove {root}/ and get {archive.name} again")
         sources[split] = read_source(folder, annotations, config, is_required)
     return sources
+
+
+def find_top(root, images_name):
+    """Where the pictures' folder is: `root`, or up to two folders below, where there are too many.
+
+    Returns: Path; `root` where it is nowhere.
+    """
+    for depth in ("", "*/", "*/*/"):
+        for path in sorted(root.glob(depth + images_name)):
+            if "__MACOSX" not in path.parts:
+                return path.parent
+    return root
 
 
 def extract_archive(archive, folder):
     """Extract a zip into `folder`, whole or not at all, and nothing anywhere else.
 
     A top folder of the archive's own name is dropped. Links, names that lead outside and decompression bombs are
-    refused; macOS's own files are skipped.
+    refused; macOS's own files are left out.
 
     Args:
         archive (Path), folder (Path)
@@ -147,7 +174,7 @@ def extract_archive(archive, folder):
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with zipfile.ZipFile(archive) as file:
+        with open_archive(archive) as file:
             members = []
             for member in file.infolist():
                 name = PurePosixPath(member.filename.replace("\\", "/"))
@@ -155,9 +182,17 @@ def extract_archive(archive, folder):
                         or ":" in member.filename:
                     raise UserError(f"{archive}: member {member.filename!r} points outside its folder; refused. "
                                     f"Get the archive from its publisher")
+                is_encrypted = member.flag_bits & 1
+                if is_encrypted or member.compress_type not in METHODS:
+                    method = zipfile.compressor_names.get(member.compress_type, "an unknown method")
+                    raise UserError(f"{archive} is packed with "
+                                    f"{'a password' if is_encrypted else method}, which cannot be "
+                                    f"undone here: extract it into {folder}/ with 7-Zip")
                 parts = name.parts[1:] if name.parts[:1] == (folder.name,) else name.parts
-                if parts and not member.is_dir() and parts[0] != "__MACOSX" and parts[-1] != ".DS_Store":
+                if parts and not member.is_dir() and not is_of_macos(name):
                     members.append((temporary.joinpath(*parts), member))
+            if left_out := sum(is_of_macos(PurePosixPath(name)) for name in file.namelist()):
+                print(f"{archive.name}: {left_out} files of macOS's own left out")
             size = sum(member.file_size for _, member in members)
             if size > 100 * archive.stat().st_size + 2**20:
                 raise UserError(f"{archive} would unpack to {size / 2**30:.1f} GiB from "
@@ -181,6 +216,25 @@ def extract_archive(archive, folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def is_of_macos(path):
+    """Whether a file (PurePath) is one that macOS adds: `._x.jpg` beside x.jpg is no picture."""
+    return "__MACOSX" in path.parts or path.name == ".DS_Store" or path.name.startswith("._")
+
+
+def open_archive(path):
+    """Open a zip. Names that do not say that they are UTF-8 are in UTF-8 (macOS), in GBK (Windows
+    in China) or, as the format has it, in code page 437. Returns: ZipFile.
+    """
+    with contextlib.suppress(UnicodeDecodeError):
+        file = zipfile.ZipFile(path, metadata_encoding="utf-8")
+        # 图片 in GBK is valid UTF-8 too, but of letters below U+0800, where no Chinese is.
+        if max("".join(file.namelist()), default="") >= "\u0800":
+            return file
+    with contextlib.suppress(UnicodeDecodeError):
+        return zipfile.ZipFile(path, metadata_encoding="gb18030")
+    return zipfile.ZipFile(path)
+
+
 def read_source(folder, annotations, config, is_annotated):
     """Read the annotations of one split: AI Challenger's list, COCO's object, or (a test split) none at all.
 
@@ -191,7 +245,7 @@ def read_source(folder, annotations, config, is_annotated):
         folder (Path): of pictures. annotations (Path). config (Config). is_annotated (bool): there must be captions.
     Returns:
         dict: folder (Path); image_ids (list of str): file names; captions (list of lists of str): per picture; empty,
-        extra (int): captions left out; no_caption (int): pictures left out; digest (str): sha256 of the source.
+        extra (int): captions left out; no_caption (int): pictures left out; attributes (dict): source, its sha256.
     Raises:
         UserError: names the file, the entry and what is wrong with it.
     """
@@ -199,14 +253,19 @@ def read_source(folder, annotations, config, is_annotated):
         content = annotations.read_bytes()
         entries = parse_annotations(content, annotations)
     else:
-        names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+        paths = list(folder.iterdir())
+        names = sorted(path.name for path in paths
+                       if path.suffix.lower() in PICTURE_SUFFIXES and not is_of_macos(path))
+        if len(paths) > len(names):
+            others = len(paths) - len(names)
+            print(f"{folder}: {others} files left out, by their names no pictures")
         entries = {name: [] for name in names}
         for name in names:
             if not is_file_name(name):
                 raise UserError(f"{folder}: the name of {name!r} is not UTF-8; rename or remove it")
         content = "\n".join(names).encode()
     source = dict(folder=folder, image_ids=[], captions=[], empty=0, extra=0, no_caption=0,
-                  digest=hashlib.sha256(content).hexdigest())
+                  attributes=dict(source=hashlib.sha256(content).hexdigest()))
     is_annotated = is_annotated or any(entries.values())
     for image_id, captions in entries.items():
         # HDF5 strings end at NUL, and half of a surrogate pair (a broken emoji) cannot be encoded.

@@ -324,8 +324,94 @@ def test_a_run_that_is_ended_leaves_no_process_and_no_lock(signum, code, data_di
         pass
 
 
+def without_sources(data_dir, *splits):
+    for split in splits:
+        shutil.rmtree(data_dir / SPLITS[split][0])
+
+
+@pytest.mark.parametrize("gone", [("train", "valid"), ("train",)])
+def test_sources_are_needed_no_longer_once_their_splits_are_done(gone, data_dir):
+    assert preprocess(data_dir).code == 0
+    first = {name: (data_dir / name).stat().st_mtime_ns for name in ("train.h5", "valid.h5", "WORDMAP.json")}
+    without_sources(data_dir, *gone)
+    assert "Nothing to do" in preprocess(data_dir).out
+    make_split(data_dir, "test_a", [entry(9)])
+    assert preprocess(data_dir).code == 0
+    assert {name: (data_dir / name).stat().st_mtime_ns for name in first} == first
+    assert read(data_dir, "test_a")["captions"].any() and load(data_dir, "test_a").image_ids == [name_of(9)]
+
+    refused(data_dir, data_dir / "train.h5", "give --image_size 32", flags=("--image_size", 64))
+    refused(data_dir, f"{data_dir / SPLITS['train'][0]}.zip", flags=("--overwrite",))
+    (data_dir / "train.h5").unlink()
+    refused(data_dir, f"{data_dir / SPLITS['train'][0]}.zip")
+
+
+def test_nothing_is_made_again_where_a_test_split_has_lost_its_source(data_dir):
+    make_split(data_dir, "test_a", [entry(9)])
+    assert preprocess(data_dir).code == 0
+    without_sources(data_dir, "test_a")
+    refused(data_dir, SPLITS["test_a"][0], flags=("--overwrite",))
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("split", ["valid", "test_a"])
+def test_a_picture_of_two_splits_is_told(split, is_there, data_dir):
+    assert "share" not in preprocess(data_dir).out
+    if not is_there:
+        without_sources(data_dir, "train")
+    make_split(data_dir.with_name("other"), split, [entry(3), entry(9)])
+    if split == "valid":
+        without_sources(data_dir, "valid")
+        (data_dir / "valid.h5").unlink()
+    shutil.move(data_dir.with_name("other") / SPLITS[split][0], data_dir)
+    result = preprocess(data_dir)
+    assert result.code == 0 and f"warning: train and {split} share 1 file names, such as {name_of(3)}" in result.out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Archives
+
+
+ROOT_OF_TRAIN = SPLITS["train"][0]
+
+
+@pytest.mark.parametrize("top", ["", f"{ROOT_OF_TRAIN}/{ROOT_OF_TRAIN}", "我的数据", f"AI/{ROOT_OF_TRAIN}"])
+@pytest.mark.parametrize("packed", [True, False], ids=["archive", "folder"])
+def test_folders_too_many_are_seen_through(top, packed, data_dir):
+    folder = data_dir / ROOT_OF_TRAIN
+    shutil.move(folder, data_dir / "moved")
+    target = data_dir / "new" / ("" if packed else ROOT_OF_TRAIN) / top
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(data_dir / "moved", target)
+    companion = f"__MACOSX/{SPLITS['train'][1]}/._{name_of(0)}"
+    if packed:
+        with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as file:
+            for path in sorted((data_dir / "new").rglob("*.*")):
+                file.write(path, path.relative_to(data_dir / "new"))
+            file.writestr(companion, "")
+        shutil.rmtree(data_dir / "new")
+    else:
+        shutil.move(data_dir / "new" / ROOT_OF_TRAIN, folder)
+        (folder / companion).parent.mkdir(parents=True)
+        (folder / companion).touch()
+    result = preprocess(data_dir)
+    assert result.code == 0 and ("1 files of macOS" in result.out) == packed
+    assert_pictures_are_their_own(read(data_dir, "train"))
+    assert "Nothing to do" in preprocess(data_dir).out
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "utf-8", "cp437"])
+def test_names_in_an_archive_that_does_not_say_its_encoding(encoding, data_dir):
+    """As Windows in China, macOS and old programs write them."""
+    folder, name = data_dir / ROOT_OF_TRAIN, "été.jpg" if encoding == "cp437" else "图片1.jpg"
+    pictures = folder / SPLITS["train"][1]
+    shutil.move(pictures / name_of(0), pictures / name)
+    annotations_of(data_dir, "train").write_text(json.dumps([{"image_id": name, "caption": SENTENCES}]))
+    placeholder = "x" * len(name.encode(encoding)[:-4]) + ".jpg"
+    archive = make_archive(folder, lambda path: path.with_name(placeholder) if path.name == name else path)
+    archive.write_bytes(archive.read_bytes().replace(placeholder.encode(), name.encode(encoding)))
+    assert preprocess(data_dir).code == 0
+    assert read(data_dir, "train")["image_ids"] == [name]
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
@@ -339,7 +425,8 @@ def test_a_missing_archive_is_a_users_error(split, data_dir):
 def test_a_folder_without_its_parts_is_a_users_error(part, data_dir):
     path = data_dir / SPLITS["train"][0] / SPLITS["train"][part]
     path.unlink() if path.is_file() else shutil.rmtree(path)
-    refused(data_dir, path, f"{SPLITS['train'][0]}.zip")
+    other = SPLITS["train"][3 - part]
+    refused(data_dir, path, f"has is {other}", f"{SPLITS['train'][0]}.zip")
 
 
 @pytest.mark.parametrize("name_in_zip", [lambda path: path, lambda path: path.relative_to(path.parts[0]),
@@ -397,13 +484,25 @@ def cut(content):
     del content[len(content) // 2:]
 
 
+def deflate64(content):
+    """As Windows packs a file of more than 2 GB."""
+    for signature, at in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
+        struct.pack_into("<H", content, content.rindex(signature) + at, 9)
+
+
+@pytest.mark.parametrize("change, method", [(deflate64, "deflate64"), (encrypted, "password")])
+def test_a_whole_archive_that_python_cannot_unpack_names_the_way_out(change, method, data_dir):
+    archive = make_archive(data_dir / SPLITS["train"][0])
+    patched(archive, change)
+    refused(data_dir, archive, method, "7-Zip", f"{data_dir / SPLITS['train'][0]}/")
+
+
 ARCHIVES = {
     "cut short": lambda archive: patched(archive, cut),
     "empty": lambda archive: archive.write_bytes(b""),
     "a web page": lambda archive: archive.write_text("<html>404 Not Found</html>" * 1000),
     "a folder": lambda archive: archive.unlink() or archive.mkdir(),
     "bad checksum": lambda archive: patched(archive, flip),
-    "encrypted": lambda archive: patched(archive, encrypted),
     "parent": with_member("../evil"),
     "parent within": with_member(f"{SPLITS['train'][0]}/a/../../../evil"),
     "parent for Windows": with_member("..\\evil"),
@@ -486,8 +585,10 @@ def test_a_test_split_may_have_no_captions(content, data_dir):
     if not content:
         annotations_of(data_dir, "test_b").unlink()
         (pictures / "readme.txt").write_text("not a picture, and not named as one")
+        (pictures / f"._{name_of(10)}").write_text("macOS's, not a picture")
         shutil.move(pictures / name_of(11), pictures / "p11.JPG")
-    assert preprocess(data_dir).code == 0
+    result = preprocess(data_dir)
+    assert result.code == 0 and (f"{pictures}: 2 files left out" in result.out) == (not content)
     data = read(data_dir, "test_b")
     assert [name.lower() for name in data["image_ids"]] == [name_of(10), name_of(11)]
     assert not data["lengths"].any() and not data["captions"].any()
