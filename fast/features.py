@@ -183,14 +183,15 @@ class FeatureStore:
             for name, value in self.key.items():
                 if found[name] != value:
                     return f"does not fit this run's {name}", 0
-            array = np.load(path, mmap_mode="r")
+            array = np.lib.format.open_memmap(path, mode="r")
+            rows = max(int(found["rows"]), 0)
             if array.shape != self.shape or array.dtype != np.float16:
                 return "is of another shape", 0
             # Devices and batch sizes round differently, but not by a hundredth.
-            if found["rows"] and not np.allclose(array[0], first, rtol=0, atol=1e-2 * np.abs(first).max()):
+            if rows and not np.allclose(array[0], first, rtol=0, atol=1e-2 * np.abs(first).max()):
                 return "does not hold what this encoder gives for the first picture", 0
-            return None, found["rows"]
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            return None, rows
+        except Exception as error:  # NumPy and JSON raise anything on a file that is not theirs
             return f"cannot be used ({' '.join(str(error).split())})", 0
 
     def write_key(self, rows):

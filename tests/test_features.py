@@ -190,7 +190,28 @@ def test_features_replaced_by_another_run_are_not_read(folder):
         spawned[[0]]
 
 
+def write_header(array, header):
+    """A .npy file with this header and no content."""
+    array.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
+
+
+def write_rows(key, rows):
+    key.write_text(json.dumps({**json.loads(key.read_text()), "rows": rows}))
+
+
+def write_npz(array):
+    with open(array, "wb") as file:
+        np.savez(file, np.zeros(3))
+
+
 DAMAGE = {
+    "another format": lambda array, key: write_npz(array),
+    "objects": lambda array, key: np.save(array, np.array([{}]), allow_pickle=True),
+    "a header that does not end": lambda array, key: write_header(array, "{'descr'"),
+    "a shape beyond all bounds": lambda array, key: write_header(
+        array, f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({10**24},)}}\n"),
+    "rows that are no number": lambda array, key: write_rows(key, None),
+    "fewer rows than none": lambda array, key: write_rows(key, -3),
     "no key": lambda array, key: key.unlink(), "no array": lambda array, key: array.unlink(),
     "a key that is not JSON": lambda array, key: key.write_text("{"),
     "an empty key": lambda array, key: key.write_text("{}"),
