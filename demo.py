@@ -9,14 +9,14 @@ import io
 from contextlib import suppress
 from pathlib import Path
 
-from utils import UserError, replacing, run, write_text
+from utils import UserError, printable, replacing, run, write_text
 
 import torch
 
 import fast
 from checkpoint import open_checkpoint
 from config import boolean, parse_args, positive
-from datasets import PICTURE_SUFFIXES, BadPicture, open_picture, read_image
+from datasets import PICTURE_SUFFIXES, BadPicture, open_picture, read_image, short_names
 from models import generate, pixel_positions
 from visualize import draw_attention, html_page, page_entry
 
@@ -56,12 +56,13 @@ def main():
             entry = page_entry(path.name, picture, caption) if args.html else None
         except (BadPicture, MemoryError, OSError, ValueError) as error:  # all else is the code's fault
             bad += 1
-            print(f"left out: {path}: {str(error).removeprefix(f'{path}: ') or type(error).__name__}")
+            reason = str(error).removeprefix(f"{path}: ") or type(error).__name__
+            print(printable(f"left out: {path}: {reason}"))
             continue
         with replacing(out / name) as temporary:
             temporary.write_bytes(jpeg.getbuffer())
         entries.append(entry)
-        print(f"{path}\t{''.join(caption['words'])}\t{caption['score']:.3f}\t-> {out / name}"
+        print(f"{printable(path)}\t{''.join(caption['words'])}\t{caption['score']:.3f}\t-> {printable(out / name)}"
               + ("" if caption["ended"] else "\t(unfinished)"))
     if args.html and entries:
         model = f"{config.encoder} · epoch {checkpoint['epoch']} · beam {args.beam_size}"
@@ -105,11 +106,9 @@ def figure_names(paths):
     """A figure's name for each picture: image_3.jpg -> out_3.jpg, cat.png -> out_cat.jpg, but out_cat.png.jpg if there
     is a cat.jpg too. None is that of another figure or of a picture, even where the case of letters does not count.
     """
-    stems = [path.stem for path in paths]
-    shorts = [path.stem if stems.count(path.stem) == 1 else path.name for path in paths]
     taken, names = {path.name.casefold() for path in paths}, []
-    for short in shorts:
-        name, number = f"out_{short.removeprefix('image_')[:70]}.jpg", 1  # file systems take 255 bytes
+    for short in short_names([path.name for path in paths], "image_"):
+        name, number = f"out_{short[:70]}.jpg", 1  # file systems take 255 bytes
         while name.casefold() in taken:
             number += 1
             name = f"out_{number}_{short[:70]}.jpg"

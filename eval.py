@@ -9,6 +9,7 @@
 Generated captions are scored against the data set's captions, over jieba words and over characters.
 """
 import json
+import os
 from pathlib import Path
 
 from utils import UserError, gather_lists, init_distributed, is_first_process, meet_processes, run, write_text
@@ -39,6 +40,11 @@ def main():
     if args.official:
         ptb_tokenize(["一个人"])  # without Java this fails before the captioning, not after
     checkpoint, config, device, encoder, decoder = open_checkpoint(args)
+    path = Path(args.results or results_path(args.checkpoint, args.split, args.beam_size, config.length_penalty))
+    for folder in {path.parent, Path(args.write_submission or path).parent}:  # before hours of captioning, not after
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"{folder} cannot be written to: name another --results or --write_submission")
     dataset = CaptionDataset(config, args.split)  # only pictures and raw captions: it may have another word map
     rank, world_size, store = meet_processes()
     init_distributed(device, rank, world_size, store)
@@ -79,8 +85,6 @@ def main():
     entries = [dict(image_id=image_id, caption="".join(caption["words"]), words=caption["words"],
                     score=caption["score"], ended=caption["ended"], references=raw)
                for image_id, caption, raw in zip(dataset.image_ids, captions, dataset.raw_captions)]
-    path = Path(args.results or results_path(args.checkpoint, args.split, args.beam_size, config.length_penalty))
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(dict(protocol=protocol, scores=scores, diagnosis=diagnosis, warnings=warnings,
                                      captions=entries), ensure_ascii=False, indent=1))
     print(f"Wrote {path}")

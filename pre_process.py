@@ -23,6 +23,8 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from utils import UserError, alone, end_with_parent, need_space, replacing, run, write_text
+
 import h5py
 import numpy as np
 from tqdm import tqdm
@@ -30,7 +32,6 @@ from tqdm import tqdm
 from config import get_config, parse_args
 from datasets import (FORMAT_VERSION, JIEBA_VERSION, PICTURE_SUFFIXES, BadPicture, build_word_map, encode_caption,
                       load_word_map, normalise, open_split, read_image, tokenize, word_map_digest)
-from utils import UserError, alone, end_with_parent, need_space, replacing, run, write_text
 
 # split: archive or folder, its folder of pictures, its annotations
 SPLITS = {

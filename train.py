@@ -26,7 +26,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -142,13 +142,8 @@ def train(args, rank, world_size, store):
         save()  # from here on this checkpoint alone decides what is resumed; the best one is soon another's
     pause = Pause(config.checkpoint_minutes, save)
     while not finished(config, progress):
-        training = None
-        with suppress(torch.OutOfMemoryError):
-            training = train_one_epoch(runs.training_encoder, train_decoder, objective, optimizers, scaler, averages,
-                                       train_loader, config, progress, recent, log, pause)
-        if training is None:  # here nothing holds that step's tensors any more
-            raise UserError(out_of_memory(runs.training_encoder, runs.decoder, objective, train_loader, config,
-                                          progress.step, world_size))
+        training = train_one_epoch(runs.training_encoder, train_decoder, objective, optimizers, scaler, averages,
+                                   train_loader, config, progress, recent, log, pause)
         with averages.in_place(True):
             validation, captions = validate(runs.encoder, runs.decoder, valid_loader, config, word_map, pause)
         pause()
@@ -629,26 +624,6 @@ def update(loss, optimizers, scaler, config, is_read):
     return norm
 
 
-def out_of_memory(encoder, decoder, objective, loader, config, step, world_size):
-    """What to do about a batch that exceeds the GPU's memory. Args: of train_one_epoch, not wrapped. Returns: str."""
-    images, captions, lengths, _ = next(iter(loader))
-    device = next(decoder.parameters()).device
-
-    def fits(size):
-        with suppress(torch.OutOfMemoryError), mixed_precision(config, device):
-            terms, _, _ = objective(encoder, decoder, to_device(images[:size], device),
-                                    to_device(captions[:size], device), lengths[:size], config, step)
-            sum(term.weight * term.sum for term in terms.values() if term.weight).backward()
-            return True
-        return False
-
-    halves = (len(images) >> times for times in range(1, len(images).bit_length()))
-    size = next((size for size in halves if world_size == 1 and fits(size)), None)
-    advice = f"a batch of {size} fits: --batch_size {size}" if size else "give a smaller one"
-    return (f"out of memory on {device} with --batch_size {config.batch_size}, {captions.shape[1]} captions per picture"
-            f": {advice}, and --resume where there is a checkpoint")
-
-
 @torch.no_grad()
 def validate(encoder, decoder, loader, config, word_map, pause):
     """Teacher-forced loss and top-5 accuracy, and greedy captions, of every validation picture once.
@@ -676,7 +651,7 @@ def validate(encoder, decoder, loader, config, word_map, pause):
                 del caption["alphas"]
             generated.append({"row": row, **caption})
         pause()
-    if len(loader) < loader.sampler.rounds():
+    if dist.is_initialized() and len(loader) < loader.sampler.rounds():
         pause()  # all together: other processes have a batch more
     parts = [part for part in gather_lists([(sums, kinds)]) if part[0]]
     sums = {name: sum(part[name] for part, _ in parts) for name in parts[0][0]}

@@ -59,8 +59,8 @@ def run(main):
             os.dup2(nowhere.fileno(), 1)
         sys.exit(128 + 13)
     except torch.OutOfMemoryError as error:
-        print("error: out of memory: give a smaller --batch_size or --beam_size;", printable(error)[:300],
-              file=sys.stderr)
+        print("error: out of memory: give a smaller --batch_size or --beam_size, and train.py --resume where there is "
+              "a checkpoint;", printable(error)[:300], file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.filename is None:
@@ -73,7 +73,7 @@ def run(main):
 
 def printable(text):
     """Text from outside as one line that a terminal shows, and takes no order from. Returns: str."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(text))
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", str(text))
 
 
 def subcommand(script, **commands):

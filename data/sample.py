@@ -30,12 +30,12 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where config.py is
 
 from config import fail, new_parser  # noqa: E402
 from utils import UserError, alone, end_with_parent, replacing, run  # noqa: E402
+from tqdm import tqdm  # noqa: E402, after utils
 
 SPLITS = {"train": ("train", "20170902"), "valid": ("validation", "20170910"), "test_a": ("test_a", "20180103")}
 HORIZON, HORIZONS = 0.67, (0.50, 0.72)  # where the ground begins as backgrounds are written down; as they are drawn

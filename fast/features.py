@@ -1,26 +1,19 @@
 """A frozen encoder's grids, computed once and kept: data_dir/{split}_features.npy, fp16 (N, h, w, D), for np.load.
 
-{split}_features.json beside it says what they depend on and how many rows are done; until all are, both names end in
-.tmp.
+{split}_features.json beside it says what they depend on.
 """
+import collections
 import hashlib
 import itertools
 import json
 import math
-import os
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import UserError, autocast_dtype, from_first_process, gather_lists, need_space, reason_of, write_text
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None
-
-SYNC_ROWS = 2048  # rows that a killed run may lose; each synchronisation waits for the disk
+from utils import (UserError, alone, autocast_dtype, from_first_process, gather_lists, need_space, replacing,
+                   write_text)
 
 
 class KeptFeatures(torch.nn.Module):
@@ -42,9 +35,8 @@ class KeptFeatures(torch.nn.Module):
 def keep_features(dataset, encoder, runs, config, rank=0, world_size=1):
     """Let a data set give the frozen encoder's grids instead of pictures, computing those that are not kept yet.
 
-    They are computed in float32, whatever the precision of training. All processes encode; the first one writes, in the
-    order of the rows, so that a run of any number of processes resumes what another left. A GPU holds them all where a
-    quarter of its memory stays free for training.
+    They are computed in float32, whatever the precision of training. All processes encode; the first one writes. A GPU
+    holds them all where a quarter of its memory stays free for training.
 
     Args:
         dataset (CaptionDataset): its batches change. encoder (Encoder): its weights and buffers identify the features.
@@ -54,25 +46,32 @@ def keep_features(dataset, encoder, runs, config, rank=0, world_size=1):
     Raises:
         UserError: not enough disk space, another run is writing them, a value beyond fp16.
     """
-    device, n, size = next(encoder.parameters()).device, len(dataset), config.batch_size
+    device = next(encoder.parameters()).device
     runs.eval()
     # The first picture's grid gives the shape, and shows whether the code still gives what is kept.
     first = encode(runs, dataset, range(1), device)[0]
-    store = FeatureStore(dataset.path.with_name(f"{dataset.path.stem}_features.npy"),
-                         features_key(dataset, encoder, config), (n, *first.shape))
-    done = from_first_process(store.begin(first) if rank == 0 else None)
-    with tqdm(total=n, initial=done, desc=store.path.stem, unit="picture", disable=rank > 0 or done == n) as bar:
-        while done < n:
-            rows = range(done, n)[rank * size:(rank + 1) * size]
-            for grid in gather_lists([encode(runs, dataset, rows, device)] if rows else []):
-                if rank == 0:
-                    store.write(done, grid)
-                done += len(grid)
-                bar.update(len(grid))
-    from_first_process(None)  # by now it has renamed the file
-    dataset.use_features(store.path)
+    path, shape = dataset.path.with_name(f"{dataset.path.stem}_features.npy"), (len(dataset), *first.shape)
+    key = features_key(dataset, encoder, config)
+    reason = from_first_process(why_not_kept(path, key, shape, first) if rank == 0 else None)
+    if reason:
+        grids = encode_all(runs, dataset, config.batch_size, device, rank, world_size)
+        if rank == 0:
+            if path.exists():
+                print(f"{path} {reason}: computing new features")
+            write_features(path, key, shape, tqdm(grids, path.stem, -(-len(dataset) // config.batch_size)))
+        else:
+            collections.deque(grids, maxlen=0)
+    from_first_process(None)  # by now it has named the file
+    dataset.use_features(path)
     free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
     return KeptFeatures(dataset.hold_features(device, free - total // 4))
+
+
+def encode_all(encoder, dataset, batch_size, device, rank, world_size):
+    """The grids of all rows in their order, from all processes. Yields: fp16 arrays (B, h, w, D)."""
+    for start in range(0, len(dataset), batch_size * world_size):
+        rows = range(start, len(dataset))[rank * batch_size:(rank + 1) * batch_size]
+        yield from gather_lists([encode(encoder, dataset, rows, device)] if rows else [])
 
 
 @torch.no_grad()
@@ -96,106 +95,44 @@ def features_key(dataset, encoder, config):
             "encoder weights": digest.hexdigest()}
 
 
-class FeatureStore:
-    """The features of one split on the disk, as the first process reads and writes them.
+def why_not_kept(path, key, shape, first):
+    """Why a file of features cannot be used, in words; None where it can.
 
     Args:
         path (Path): of the array. key (dict): of features_key. shape (tuple): (N, h, w, D).
+        first: the first picture's grid, fp16 (h, w, D).
     """
+    try:
+        found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        for name, value in key.items():
+            if found[name] != value:
+                return f"does not fit this run's {name}"
+        array = np.lib.format.open_memmap(path, mode="r")
+        if array.shape != shape or array.dtype != np.float16:
+            return "is of another shape"
+        # Devices and batch sizes round differently, but not by a hundredth.
+        if not np.allclose(array[0], first, rtol=0, atol=1e-2 * np.abs(first).max()):
+            return "does not hold what this encoder gives for the first picture"
+        return None
+    except Exception as error:  # NumPy and JSON raise anything on a file that is not theirs
+        return f"cannot be used ({' '.join(str(error).split())})"
 
-    def __init__(self, path, key, shape):
-        self.path, self.key_path, self.key, self.shape = path, path.with_suffix(".json"), key, shape
-        self.temporary, self.temporary_key = (p.with_name(f"{p.name}.tmp") for p in (path, self.key_path))
 
-    def begin(self, first):
-        """Find out how many rows are done; unless all are, open the temporary file for `write`.
+def write_features(path, key, shape, grids):
+    """Write a file of features, and then its key: without that they do not count.
 
-        Args: first: the first picture's grid, fp16 (h, w, D). Returns: int.
-        Raises: UserError: not enough disk space, or not writable; another run is writing it.
-        """
-        n = self.shape[0]
-        try:
-            if not self.temporary.exists() and not self.key_path.exists() and self.temporary_key.exists():
-                os.replace(self.temporary_key, self.key_path)  # a run was killed between its two renames
-            what, done = self.examine(self.path, self.key_path, first)
-            if done == n:
-                return n
-            self.open_alone()
-            if self.path.exists():
-                print(f"{self.path} {what or 'is not complete'}: computing new features")
-            what, done = self.examine(self.temporary, self.temporary_key, first)
-            if what and self.temporary.stat().st_size:
-                print(f"{self.temporary} {what}: starting again")
-            done = min(done, n - 1)  # writing the last row renames the file
-            need_space(self.path.parent, 2 * math.prod(self.shape) * (1 - done / n), f"for {self.path}")
-            if not done:
-                self.write_key(0)  # first: what is there now must not be counted
-                np.lib.format.open_memmap(self.temporary, "w+", np.float16, shape=self.shape)
-            return done
-        except OSError as error:
-            raise self.not_written(error) from None
-
-    def open_alone(self):
-        """Open the temporary file, a new one or what a killed run left, unless another run has it open."""
-        self.temporary.touch()
-        self.file = open(self.temporary, "r+b")
-        try:
-            if fcntl:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_free = os.path.samestat(os.fstat(self.file.fileno()), self.temporary.stat())
-        except (BlockingIOError, FileNotFoundError):  # the latter: it has just been renamed
-            is_free = False
-        if not is_free:
-            raise UserError(f"{self.temporary}: another run is writing these features; start again when it is done")
-
-    def write(self, start, grid):
-        """Write rows; they count as done once they are safely on the disk. The last ones rename the file.
-
-        Args: start (int). grid: fp16 array (B, h, w, D).
-        Raises: UserError: the disk is full, or the like; what is done is kept for the next run.
-        """
-        stop, n = start + len(grid), self.shape[0]
-        try:
-            self.file.seek(-grid[0].nbytes * (n - start), os.SEEK_END)
-            self.file.write(grid.tobytes())
-            if start // SYNC_ROWS < stop // SYNC_ROWS or stop == n:
-                self.file.flush()
-                os.fsync(self.file.fileno())  # before the count, which must not outlive the rows
-                self.write_key(stop)
-            if stop == n:
-                if not fcntl:
-                    self.file.close()  # Windows renames no open file; elsewhere it stays locked until it is renamed
-                self.key_path.unlink(missing_ok=True)  # the old array's must never be beside the new one
-                os.replace(self.temporary, self.path)
-                os.replace(self.temporary_key, self.key_path)
-                self.file.close()
-        except OSError as error:
-            raise UserError(f"{self.not_written(error)}: what is done is kept, so start again once that is fixed"
-                            ) from None
-
-    def examine(self, path, key_path, first):
-        """Compare an array and its key with what is wanted.
-
-        Returns: str, why it cannot be used, or None; int: how many rows of it can.
-        """
-        try:
-            found = json.loads(key_path.read_text(encoding="utf-8"))
-            for name, value in self.key.items():
-                if found[name] != value:
-                    return f"does not fit this run's {name}", 0
-            array = np.lib.format.open_memmap(path, mode="r")
-            rows = max(int(found["rows"]), 0)
-            if array.shape != self.shape or array.dtype != np.float16:
-                return "is of another shape", 0
-            # Devices and batch sizes round differently, but not by a hundredth.
-            if rows and not np.allclose(array[0], first, rtol=0, atol=1e-2 * np.abs(first).max()):
-                return "does not hold what this encoder gives for the first picture", 0
-            return None, rows
-        except Exception as error:  # NumPy and JSON raise anything on a file that is not theirs
-            return f"cannot be used ({' '.join(str(error).split())})", 0
-
-    def write_key(self, rows):
-        write_text(self.temporary_key, json.dumps({**self.key, "rows": rows}, indent=1))
-
-    def not_written(self, error):
-        return UserError(f"{self.path} could not be written ({reason_of(error)})")
+    Args:
+        path (Path). key (dict), shape (tuple): see why_not_kept. grids: iterable of fp16 arrays (B, h, w, D), all rows.
+    Raises:
+        UserError: not enough disk space, or another run is writing them; nothing is left then.
+    """
+    size = 2 * math.prod(shape)
+    with alone(path.with_suffix(".lock"), "--data_dir"), replacing(path, size) as temporary:
+        need_space(path.parent, size, f"for {path}")
+        path.with_suffix(".json").unlink(missing_ok=True)
+        with open(temporary, "wb") as file:
+            header = dict(descr="<f2", fortran_order=False, shape=shape)
+            np.lib.format.write_array_header_1_0(file, header)
+            for grid in grids:
+                file.write(grid.tobytes())
+    write_text(path.with_suffix(".json"), json.dumps(key, indent=1))

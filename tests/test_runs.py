@@ -16,6 +16,7 @@ from test_scripts import call, fails, folders, small_disk  # noqa: F401
 from test_train import last_checkpoint, run, stop_during  # noqa: F401
 
 import datasets
+import eval
 import runlog
 import train
 import utils
@@ -64,6 +65,14 @@ def test_a_model_dir_that_cannot_be_written_is_found_before_the_first_step(tiny_
     (tmp_path / "models").touch()
     fails(train.main, *tiny_flags, *map(str, folders(tmp_path)), parts=(str(tmp_path / "models"),))
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("flag", ["--results", "--write_submission"])
+def test_results_that_cannot_be_written_are_found_before_the_captioning(flag, run, tmp_path, monkeypatch):  # noqa: F811
+    run("--epochs", 1)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(eval, "generate", None)
+    fails(eval.main, "--model_dir", tmp_path / "models", flag, tmp_path / "file" / "results.json", parts=("file",))
 
 
 def test_several_processes_save_when_they_are_told_to_stop_in_validation(tiny_flags, tmp_path):

@@ -171,7 +171,7 @@ def test_pictures_and_data_that_do_not_fit(best, tiny, tmp_path):
     (tmp_path / "data" / "WORDMAP.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     fails(train.main, "--data_dir", tmp_path / "data", *folders(tmp_path), "--image_size", 64,
           parts=("another word map", "pre_process.py"))
-    shutil.copytree(best.parent, tmp_path / "models")
+    shutil.copytree(best.parent, tmp_path / "models", dirs_exist_ok=True)
     fails(train.main, "--resume", "--data_dir", tmp_path / "data", *folders(tmp_path), parts=("another word map",))
 
 

@@ -267,7 +267,7 @@ def test_a_validation_that_is_not_finite_stops_the_run(run, tmp_path, monkeypatc
     """The variance is finite, but its root is not; training goes without it."""
     change_models(monkeypatch, lambda encoder, _: encoder.resnet[1].running_var.fill_(-1000))
     assert re.search("valid.*epoch 1", run("--fine_tune_encoder", "true", check=2))
-    assert not (tmp_path / "models").exists() and not list(tmp_path.rglob("log.jsonl"))
+    assert not list((tmp_path / "models").glob("*.tar")) and not list(tmp_path.rglob("log.jsonl"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,24 +405,10 @@ def test_a_loss_that_float16_never_holds_ends_the_run(run_float16, tmp_path, mon
     assert re.search("float16.*epoch 6, step 3.*--precision float32", printed)  # 17 steps halve 2^16 to less than 1
 
 
-@pytest.mark.parametrize("largest, advice", [(3, "a batch of 3 fits: --batch_size 3"), (0, "give a smaller one")])
-def test_a_batch_that_memory_does_not_hold_is_told_what_fits(run, tmp_path, monkeypatch, largest, advice):
-    caption_loss = train.caption_loss
-
-    def loss_in_little_memory(scores, targets, alphas, *rest):
-        if len(alphas) > largest:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return caption_loss(scores, targets, alphas, *rest)
-    monkeypatch.setattr(train, "caption_loss", loss_in_little_memory)
-    line, = re.findall("error: .*", run("--batch_size", 6, check=2))
-    assert "with --batch_size 6" in line and advice in line
-    assert not (tmp_path / "models" / "checkpoint.pth.tar").exists()
-
-
-def test_memory_that_runs_out_elsewhere_is_one_line():
+def test_memory_that_runs_out_is_one_line():
     def main():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nand more")
-    assert re.fullmatch("error: out of memory.*--batch_size.*2.00 GiB\n", call(main, check=2).err)
+    assert re.fullmatch("error: out of memory.*--batch_size.*2.00 GiB and more\n", call(main, check=2).err)
 
 
 def test_about_half_of_the_grids_are_mirrored():
