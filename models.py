@@ -446,7 +446,9 @@ def load_resnet(name, weights):
     if weights not in ("imagenet", "none"):
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-            resnet.load_state_dict({"fc.weight": resnet.fc.weight, "fc.bias": resnet.fc.bias, **state})
+            state = {name.removeprefix("module."): tensor for name, tensor in state.items()}  # of DataParallel
+            state |= {f"fc.{name}": tensor for name, tensor in resnet.fc.state_dict().items()}  # which is not used
+            resnet.load_state_dict(state)
             if not all(tensor.isfinite().all() for tensor in resnet.state_dict().values()):
                 raise ValueError("some of its numbers are not finite")
         except Exception as error:  # torch.load raises whatever a broken file leads it to

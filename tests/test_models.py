@@ -312,6 +312,13 @@ def test_encoder_weights_of_a_file(tmp_path):
     torch.save(resnet.state_dict(), tmp_path / "weights.pth")
     encoder = Encoder("resnet18", str(tmp_path / "weights.pth"))
     assert torch.equal(encoder.resnet[0].weight, resnet.conv1.weight)
+    others = {name: tensor for name, tensor in resnet.state_dict().items() if not name.startswith("fc.")}
+    for file, state in (("headless", others),
+                        ("ten_classes", {**others, "fc.weight": torch.zeros(10, 512), "fc.bias": torch.zeros(10)}),
+                        ("parallel", {f"module.{name}": tensor for name, tensor in resnet.state_dict().items()})):
+        torch.save(state, tmp_path / f"{file}.pth")
+        encoder = Encoder("resnet18", str(tmp_path / f"{file}.pth"))
+        assert torch.equal(encoder.resnet[7][1].conv2.weight, resnet.layer4[1].conv2.weight), file
     (tmp_path / "broken.pth").write_bytes(b"not weights")
     resnet.bn1.running_var[0] = torch.inf  # with which an encoder still gives finite grids
     torch.save(resnet.state_dict(), tmp_path / "infinite.pth")
