@@ -15,6 +15,9 @@ Departures from the paper that the original already made: a ResNet instead of VG
 number; f_init is linear, not an MLP; words are scored by fc(dropout(h)) instead of the deep output of Eq. 7; the terms
 of Eq. 14 are means, over the tokens and over captions and pixels.
 """
+import difflib
+import functools
+import sys
 from typing import NamedTuple
 from urllib.error import URLError
 
@@ -22,25 +25,32 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from datasets import END, PAD, START, UNK, decode_caption, word_list
 from utils import UserError, to_device
 
 
-class Encoder(nn.Module):
-    """The annotation vectors (section 3.1.1): the feature map of a convolutional network.
+RESNETS = "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"  # torchvision's
 
-    For another network change `backbone` alone: it gives the stages, and all that the rest depends on.
+
+class Encoder(nn.Module):
+    """The annotation vectors (section 3.1.1): the feature map of a convolutional network, or of a ViT.
+
+    For a network of one's own change `backbone` alone: it gives the network, and all that the rest depends on.
 
     Args:
         name (str): of a network that `backbone` knows. weights (str): imagenet, none, or the path of a state dict.
-        stride (int): pixels from one annotation vector to the next.
+        stride (int): pixels from one annotation vector to the next; 32: of the network's last map, whatever it is.
+        image_size (int): S, side of the pictures.
     """
 
-    def __init__(self, name, weights, stride=32):
+    def __init__(self, name, weights, stride=32, image_size=256):
         super().__init__()
-        self.resnet, facts = backbone(name, weights, stride)
-        self.dim, self.stride, self.offset, self.top = facts["dim"], facts["stride"], facts["offset"], facts["top"]
+        self.resnet, facts = backbone(name, weights, stride, image_size)
+        self.dim, self.stride, self.top, self.image_size = facts["dim"], facts["stride"], facts["top"], image_size
+        if "offset" in facts:  # otherwise it is measured
+            self.offset = facts["offset"]
         self.register_buffer("mean", torch.tensor(facts["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(facts["std"]).view(3, 1, 1), persistent=False)
         self.fine_tune("none")
@@ -52,34 +62,81 @@ class Encoder(nn.Module):
 
     def fine_tune(self, layers):
         """Choose what is trained: none; top, the stages that the original fine-tunes; or all, for random weights."""
-        self.frozen = dict(none=len(self.resnet), top=self.top, all=0)[layers]  # the first stages, so many
-        for number, stage in enumerate(self.resnet):
-            stage.requires_grad_(number >= self.frozen)
+        self.layers = layers
+        self.requires_grad_(True)
+        for module in self.frozen():
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+
+    def frozen(self):
+        """The modules that are not trained, without the modules in them, which follow."""
+        names, modules = zip(*self.resnet.named_modules())
+        ends = [end for end, name in enumerate(names, 1) if f"{name}.".startswith(f"{self.top}.")]
+        return modules[:dict(none=len(names), top=ends[-1], all=0)[self.layers]]
 
     def train(self, mode=True):
         super().train(mode)
-        for stage in self.resnet[:self.frozen]:
-            stage.eval()
+        for module in self.frozen():
+            module.training = False
         return self
 
+    @functools.cached_property
+    def offset(self):
+        """Cell i of the map is centred on pixel stride * i + offset. Measured: where the gradient of a cell in the
+        middle comes from, weights aside. Where that is the whole picture, a cell is taken to be at its place in it.
+        """
+        was_training, middle = self.training, self.image_size // self.stride // 2
+        image = torch.full((1, 3, self.image_size, self.image_size), 1e-15, device=self.mean.device)
+        with torch.enable_grad(), WhereItLooks():
+            cell = self.eval().resnet(image.requires_grad_())[0, :, middle, middle].sum()
+        self.train(was_training)
+        seen = torch.autograd.grad(cell, image)[0].abs().sum(dim=(0, 1, 2)).double()  # of each column
+        distance = torch.arange(self.image_size, device=seen.device) - self.stride * middle
+        mean = (seen * distance).sum() / seen.sum()
+        spread = (seen * (distance - mean) ** 2).sum() / seen.sum()
+        return round(mean.item(), 2) if spread < self.stride ** 2 else (self.stride - 1) / 2
 
-def backbone(name, weights, stride):
-    """The convolutional network: torchvision's ResNet without its last two layers; where the stride is 16 also without
-    layer4, where it is 8 also without layer3.
+
+class WhereItLooks(TorchFunctionMode):
+    """In its context a convolution sees the centre of its kernel only, all channels alike; norms change nothing, and in
+    attention every token looks at itself. So a gradient shows where the cells of a map are, whatever the weights.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.conv2d:
+            x, weight, _, *geometry = args
+            kernel = torch.zeros_like(weight)
+            rows, columns = (slice((size - 1) // 2, size // 2 + 1) for size in kernel.shape[2:])  # two if it is even
+            kernel[:, :, rows, columns] = 1
+            args = x, kernel / kernel[0].sum(), None, *geometry
+        if function is F.max_pool2d:  # between equals it would take the first
+            return F.avg_pool2d(*args, **{key: kwargs[key] for key in ("stride", "padding", "ceil_mode")})
+        if function in (F.batch_norm, F.layer_norm, F.group_norm):
+            return args[0]
+        if function is F.scaled_dot_product_attention and args[0].shape == args[2].shape:
+            return args[2]
+        return function(*args, **(kwargs or {}))
+
+
+def backbone(name, weights, stride, image_size):
+    """The network. Of timm's: see timm_network. Otherwise torchvision's ResNet without its last two layers; where the
+    stride is 16 also without layer4, where it is 8 also without layer3.
 
     Returns:
-        nn.Sequential: stages, float (B, 3, S, S) -> (B, D, h, w); h = w = S / stride, rounded up.
-        dict: dim (D); stride, offset (cell i of the map is centred on pixel stride * i + offset); mean, std (of each
-        channel of the input, which is 0 to 255); top (the first stage that fine-tuning trains).
+        nn.Module: float (B, 3, S, S) -> (B, D, h, w); h = w = S / stride, rounded up.
+        dict: dim (D); stride; mean, std (of each channel of the input, which is 0 to 255); top (the name of the last
+        module that stays as it is in fine-tuning); offset (see Encoder.offset; measured where it is missing).
     Raises:
         UserError: an unknown network; weights that cannot be had, or do not fit.
     """
+    if name not in RESNETS:
+        return timm_network(name, weights, stride, image_size)
     resnet = load_resnet(name, weights)
     return nn.Sequential(*list(resnet.children())[:{32: 8, 16: 7, 8: 6}[stride]]), dict(
-        dim=resnet.fc.in_features * stride // 32,  # for 32: 512 of resnet18 and 34, otherwise 2048
+        dim=resnet.inplanes * stride // 32,  # for 32: 512 of resnet18 and 34, otherwise 2048
         stride=stride, offset=0,  # each halving centres output i on input 2i
         mean=[255 * x for x in (0.485, 0.456, 0.406)], std=[255 * x for x in (0.229, 0.224, 0.225)],
-        top=5)  # after conv1, bn1, relu, maxpool and layer1
+        top="4")  # conv1, bn1, relu, maxpool and layer1
 
 
 class Attention(nn.Module):
@@ -423,7 +480,8 @@ def build_models(config, vocab_size, encoder_weights=None):
     Returns:
         Encoder, DecoderWithAttention
     """
-    encoder = Encoder(config.encoder, encoder_weights or config.encoder_weights, config.encoder_stride)
+    encoder = Encoder(config.encoder, encoder_weights or config.encoder_weights, config.encoder_stride,
+                      config.image_size)
     decoder = DecoderWithAttention(config.attention_dim, config.emb_dim, config.decoder_dim, vocab_size, encoder.dim,
                                    config.dropout, config.encoded_image_size, config.embedding_dropout)
     if config.fine_tune_encoder:
@@ -433,8 +491,6 @@ def build_models(config, vocab_size, encoder_weights=None):
 
 def load_resnet(name, weights):
     """torchvision's ResNet with ImageNet weights (V1, the original's), random ones, or those of a file."""
-    if name not in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
-        raise UserError(f"--encoder must be resnet18, resnet34, resnet50, resnet101 or resnet152, not {name!r}")
     imagenet = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     try:
         resnet = torchvision.models.get_model(name, weights=imagenet if weights == "imagenet" else None)
@@ -443,16 +499,132 @@ def load_resnet(name, weights):
                         f"elsewhere and put it into {torch.hub.get_dir()}/checkpoints/, or name a state dict with "
                         f"--encoder_weights PATH, or train a smaller network from random weights: --encoder resnet18 "
                         f"--encoder_weights none --fine_tune_encoder true") from None
+    resnet.fc = nn.Identity()  # it is not used: a file may have another one, or none
     if weights not in ("imagenet", "none"):
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-            state = {name.removeprefix("module."): tensor for name, tensor in state.items()}  # of DataParallel
-            state |= {f"fc.{name}": tensor for name, tensor in resnet.fc.state_dict().items()}  # which is not used
-            resnet.load_state_dict(state)
-            if not all(tensor.isfinite().all() for tensor in resnet.state_dict().values()):
-                raise ValueError("some of its numbers are not finite")
-        except Exception as error:  # torch.load raises whatever a broken file leads it to
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"--encoder_weights {weights} cannot be read as a state dict of torchvision's {name} "
-                            f"({reason:.300})") from None
+        load_file(resnet, weights, f"torchvision's {name}", unused=("fc.weight", "fc.bias"))
     return resnet
+
+
+class TimmMap(nn.Module):
+    """A network of timm up to the map that it would pool itself, or up to an earlier one.
+
+    Args: net (nn.Module). stage (int): of net.feature_info; None for the map that it pools. dim (int): D.
+    """
+
+    def __init__(self, net, stage, dim):
+        super().__init__()
+        self.net, self.stage, self.dim = net, stage, dim
+
+    def forward(self, x):
+        """Args: x: (B, 3, S, S). Returns: (B, D, h, w)."""
+        if self.stage is not None:
+            return self.net.forward_intermediates(x, indices=[self.stage], stop_early=True, intermediates_only=True)[0]
+        side = -(-x.shape[2] // self.net.feature_info[-1]["reduction"])
+        x = self.net.forward_features(x)
+        if x.ndim == 3:  # (B, tokens, D); those that stand for no place of the picture come first
+            x = x[:, -side ** 2:].unflatten(1, (side, side))
+        return x if x.shape[1] == self.dim else x.permute(0, 3, 1, 2)
+
+
+def timm_network(name, weights, stride, image_size):
+    """Any convolutional network or ViT of timm, https://github.com/huggingface/pytorch-image-models.
+
+    Fine-tuning leaves what comes before a quarter of the size as it is, as with the ResNets; of a ViT, whose maps all
+    have one size, a quarter of its blocks.
+
+    Returns: see backbone.
+    """
+    import timm  # here, as it takes a second, and no ResNet needs it
+
+    if not timm.is_model(name):
+        close = ", ".join(difflib.get_close_matches(name, [*RESNETS, *timm.list_models()]))
+        raise UserError(f"--encoder must be {', '.join(RESNETS)} or a network of timm, not {name!r}"
+                        + (f": did you mean {close}?" if close else ""))
+    try:
+        facts = timm.get_pretrained_cfg(name)
+        is_fixed = facts.fixed_input_size and facts.input_size[1] != image_size
+        net = timm.create_model(name, weights == "imagenet", **dict(img_size=image_size) if is_fixed else {}).eval()
+    except OSError as error:
+        raise UserError(
+            f"timm's weights of {name} cannot be downloaded ({' '.join(str(error).split()):.200}): let the environment "
+            f"variable HF_ENDPOINT name a mirror of the hub and start again, or fetch model.safetensors of "
+            f"{facts.hf_hub_id} there elsewhere and name it with --encoder_weights PATH") from None
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"timm cannot build --encoder {name} for --encoder_weights {weights} and --image_size "
+                        f"{image_size} ({' '.join(str(error).split()):.300})") from None
+    reductions = [stage["reduction"] for stage in net.feature_info]
+    stage, dim = None, net.num_features
+    if stride not in (32, reductions[-1]):
+        if stride not in reductions:
+            raise UserError(f"--encoder_stride {stride}: the maps of {name} have {sorted({*reductions})} pixels per cell; "
+                            f"32, the default, stands for its last one")
+        stage = len(reductions) - 1 - reductions[::-1].index(stride)
+        dim = net.feature_info[stage]["num_chs"]
+    else:
+        stride = reductions[-1]
+    network = TimmMap(net, stage, dim)
+    unused = drop_unused(network, (dim, -(-image_size // stride)), image_size, name)
+    if weights not in ("imagenet", "none"):
+        adapt = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)  # to another number of tokens
+        load_file(net, weights, f"timm's {name}", unused, adapt)
+    quarter = [number for number, reduction in enumerate(reductions) if reduction <= 4] or [len(reductions) // 4 - 1]
+    facts = timm.data.resolve_model_data_config(net)
+    return network, dict(
+        dim=dim, stride=stride, top=f"net.{net.feature_info[max(quarter[-1], 0)]['module']}",
+        mean=[255 * x for x in facts["mean"]], std=[255 * x for x in facts["std"]])
+
+
+def drop_unused(network, map_shape, image_size, name):
+    """Take out the parameters that the map does not depend on, such as the classifier's. Nothing is computed: tensors
+    on the meta device have a size only.
+
+    Args: network (TimmMap), in eval mode. map_shape (tuple): D and h of the map to be. image_size (int). name (str).
+    Returns: set of str: their names in network.net.
+    Raises: UserError: the network has no such map.
+    """
+    dim, side = map_shape
+    parameters = {key: x.detach().to("meta").requires_grad_() for key, x in network.named_parameters()}
+    buffers = {key: x.to("meta") for key, x in network.named_buffers()}
+    images = torch.empty(1, 3, image_size, image_size, device="meta")
+    try:
+        with torch.enable_grad():
+            grid = torch.func.functional_call(network, {**parameters, **buffers}, (images,))
+            gradients = torch.autograd.grad(grid.sum(), [*parameters.values()], allow_unused=True)
+        if grid.shape != (1, dim, side, side):
+            raise ValueError(f"it gives {tuple(grid.shape)}")
+    except Exception as error:  # whatever one of a thousand networks makes of it
+        raise UserError(f"--encoder {name} gives no map of {side} x {side} cells of --image_size {image_size} "
+                        f"({' '.join(str(error).split()):.200}): let the size be a multiple of its cells', or take "
+                        f"another network") from None
+    unused = [key for key, gradient in zip(parameters, gradients) if gradient is None]
+    for key in unused:
+        module, _, own = key.rpartition(".")
+        setattr(network.get_submodule(module), own, None)
+    return {key.removeprefix("net.") for key in unused}
+
+
+def load_file(network, path, what, unused, adapt=None):
+    """Load a network's weights from a state dict (.pth, .safetensors), of DataParallel or not.
+
+    Args:
+        network (nn.Module). path (str). what (str): the network, for the message. unused (set of str): parameters that
+        it does without. adapt (function): of a state dict of other shapes and the network, gives one that fits.
+    Raises:
+        UserError
+    """
+    wanted = network.state_dict()
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file as read  # which comes with timm
+            state = read(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        if adapt and any(state[name].shape != wanted[name].shape for name in state.keys() & wanted.keys()):
+            state = adapt(state, network)
+        network.load_state_dict({name: tensor for name, tensor in state.items() if name not in unused})
+        if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):
+            raise ValueError("some of its numbers are not finite")
+    except Exception as error:  # a broken file may lead to anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"--encoder_weights {path} cannot be read as a state dict of {what} ({reason:.300})") from None

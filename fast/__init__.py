@@ -12,6 +12,7 @@ from torch import nn
 
 from fast.decoder import FastDecoder, other_parameters
 from fast.encoder import FoldedEncoder, Replayed
+from models import RESNETS
 
 CHECK_SIDE = 128  # pixels of the pictures that the encoder is tried with, at most
 TOLERANCE = 1e-3  # of the largest value; rounding gives 1e-5, an edit that matters 1e-2
@@ -50,19 +51,20 @@ def choose(encoder, decoder, config, dtype=None):
         torch.manual_seed(0)
         side, cells = min(config.image_size, CHECK_SIDE), -(-config.image_size // encoder.stride)
         images = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8).to(device)
-        with torch.no_grad():
-            grid = encoder.eval()(images).float()
-        quick_encoder, training_encoder, encoder_runs = encoder, encoder, "as written, as it is trained"
-        if dtype is None or not config.fine_tune_encoder:
-            quick_encoder, training_encoder, encoder_runs = choose_encoder(encoder, images, grid, dtype)
-        quick_decoder, decoder_runs = choose_decoder(
-            decoder, torch.rand(2, cells, cells, grid.shape[3], device=device))
+        quick_encoder, training_encoder, encoder_runs = encoder.eval(), encoder, "as written, as it is trained"
+        if config.encoder not in RESNETS:
+            encoder_runs = "as written: fast/ rearranges torchvision's ResNets only"
+        elif dtype is None or not config.fine_tune_encoder:
+            quick_encoder, training_encoder, encoder_runs = choose_encoder(encoder, images, dtype)
+        quick_decoder, decoder_runs = choose_decoder(decoder, torch.rand(2, cells, cells, encoder.dim, device=device))
     return Chosen(quick_encoder, training_encoder, quick_decoder, dict(encoder=encoder_runs, decoder=decoder_runs))
 
 
-def choose_encoder(encoder, images, grid, dtype):
+@torch.no_grad()
+def choose_encoder(encoder, images, dtype):
     """Returns: the encoder or a FoldedEncoder; what runs in training, in `dtype`; str: how they run."""
     try:
+        grid = encoder(images).float()
         folded = FoldedEncoder(encoder).eval()
         training = folded if dtype in (None, torch.float32) else FoldedEncoder(encoder, dtype)
         is_recorded, rough = dtype and images.is_cuda, ROUGH * grid.abs().max()
