@@ -23,9 +23,9 @@ class Config:
     max_bad_images: float = 0.01  # share of unreadable pictures above which preprocessing stops
 
     # model
-    encoder: str = "resnet101"  # a network that backbone() in models.py knows: resnet18, 34, 50, 101 or 152
-    encoder_weights: str = "imagenet"  # imagenet (torchvision's), none (random), or the path of a state dict
-    encoder_stride: int = 32  # pixels per cell of the encoder's map: 32, 16 (without layer4) or 8 (nor layer3)
+    encoder: str = "resnet101"  # torchvision's resnet18, 34, 50, 101 or 152, or a convolutional network or ViT of timm
+    encoder_weights: str = "imagenet"  # imagenet (or what timm has), none (random), or the path of a state dict
+    encoder_stride: int = 32  # pixels per cell of the encoder's map: 16, 8, or 32, which stands for its last map
     encoded_image_size: int = 14  # the attention chooses among 14 x 14 = 196 pixels (section 4.3)
     emb_dim: int = 512  # word embedding
     attention_dim: int = 512  # hidden layer of the attention
@@ -37,7 +37,7 @@ class Config:
     # optimisation
     epochs: int = 120  # at most, of either phase; early stopping usually ends it earlier
     batch_size: int = 32  # pictures per step, over all processes together, each with all its captions
-    fine_tune_encoder: bool = False  # train the encoder too: layer2 to layer4, or all of it where it starts random
+    fine_tune_encoder: bool = False  # train the encoder too: beyond a quarter of the size, or all from random weights
     encoder_lr: float = 1e-4  # Adam, when fine-tuning
     decoder_lr: float = 4e-4  # Adam
     grad_clip: float = 5.0  # each component of the gradient is clipped to +-5; 0: no clipping

@@ -82,40 +82,8 @@ class Encoder(nn.Module):
 
     @functools.cached_property
     def offset(self):
-        """Cell i of the map is centred on pixel stride * i + offset. Measured: where the gradient of a cell in the
-        middle comes from, weights aside. Where that is the whole picture, a cell is taken to be at its place in it.
-        """
-        was_training, middle = self.training, self.image_size // self.stride // 2
-        image = torch.full((1, 3, self.image_size, self.image_size), 1e-15, device=self.mean.device)
-        with torch.enable_grad(), WhereItLooks():
-            cell = self.eval().resnet(image.requires_grad_())[0, :, middle, middle].sum()
-        self.train(was_training)
-        seen = torch.autograd.grad(cell, image)[0].abs().sum(dim=(0, 1, 2)).double()  # of each column
-        distance = torch.arange(self.image_size, device=seen.device) - self.stride * middle
-        mean = (seen * distance).sum() / seen.sum()
-        spread = (seen * (distance - mean) ** 2).sum() / seen.sum()
-        return round(mean.item(), 2) if spread < self.stride ** 2 else (self.stride - 1) / 2
-
-
-class WhereItLooks(TorchFunctionMode):
-    """In its context a convolution sees the centre of its kernel only, all channels alike; norms change nothing, and in
-    attention every token looks at itself. So a gradient shows where the cells of a map are, whatever the weights.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.conv2d:
-            x, weight, _, *geometry = args
-            kernel = torch.zeros_like(weight)
-            rows, columns = (slice((size - 1) // 2, size // 2 + 1) for size in kernel.shape[2:])  # two if it is even
-            kernel[:, :, rows, columns] = 1
-            args = x, kernel / kernel[0].sum(), None, *geometry
-        if function is F.max_pool2d:  # between equals it would take the first
-            return F.avg_pool2d(*args, **{key: kwargs[key] for key in ("stride", "padding", "ceil_mode")})
-        if function in (F.batch_norm, F.layer_norm, F.group_norm):
-            return args[0]
-        if function is F.scaled_dot_product_attention and args[0].shape == args[2].shape:
-            return args[2]
-        return function(*args, **(kwargs or {}))
+        """Cell i of the map is centred on pixel stride * i + offset."""
+        return measure_offset(self)
 
 
 def backbone(name, weights, stride, image_size):
@@ -471,6 +439,49 @@ def pixel_positions(encoder, image_size, encoded_image_size):
     return ((pixels + 0.5) / image_size).numpy()
 
 
+def measure_offset(encoder):
+    """Encoder.offset, by the gradient of a cell in the middle, which shows where it looks, weights aside.
+
+    Returns: float, pixels. Where a cell looks everywhere, as with some kinds of attention, the one that spreads the
+    cells evenly over the picture.
+    """
+    size, stride, was_training = encoder.image_size, encoder.stride, encoder.training
+    middle = size // stride // 2
+    # So dark that nothing saturates, yet not black, where a relu has no gradient.
+    image = torch.full((1, 3, size, size), 1e-15, device=encoder.mean.device, requires_grad=True)
+    with torch.enable_grad(), WhereItLooks():
+        cell = encoder.eval().resnet(image)[0, :, middle, middle].sum()
+    encoder.train(was_training)
+    seen = torch.autograd.grad(cell, image)[0].abs().sum(dim=(0, 1, 2)).double()  # of each column
+    distance = torch.arange(size, device=seen.device) - stride * middle
+    mean = (seen * distance).sum() / seen.sum()
+    spread = (seen * (distance - mean) ** 2).sum() / seen.sum()
+    return round(mean.item(), 2) if spread < stride ** 2 else (stride - 1) / 2
+
+
+class WhereItLooks(TorchFunctionMode):
+    """Within its context a convolution sees the centre of its kernel only, and all channels alike; pooling takes means,
+    norms change nothing, and in attention every token looks at itself.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.conv2d:
+            x, weight, *others = args  # the first of which is the bias
+            kernel = torch.zeros_like(weight)
+            rows, columns = (slice((size - 1) // 2, size // 2 + 1) for size in kernel.shape[2:])  # two if it is even
+            kernel[:, :, rows, columns] = 1
+            return F.conv2d(x, kernel / kernel[0].sum(), None, *others[1:], **kwargs)
+        if function is F.max_pool2d:
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("dilation", "return_indices")}
+            return F.avg_pool2d(*args, **kwargs)
+        if function in (F.batch_norm, F.layer_norm, F.group_norm):
+            return args[0].clone()  # what follows may write into it
+        if function is F.scaled_dot_product_attention and args[0].shape == args[2].shape:
+            return args[2]
+        return function(*args, **kwargs)
+
+
 def build_models(config, vocab_size, encoder_weights=None):
     """The two halves of the model.
 
@@ -541,23 +552,24 @@ def timm_network(name, weights, stride, image_size):
         raise UserError(f"--encoder must be {', '.join(RESNETS)} or a network of timm, not {name!r}"
                         + (f": did you mean {close}?" if close else ""))
     try:
-        facts = timm.get_pretrained_cfg(name)
-        is_fixed = facts.fixed_input_size and facts.input_size[1] != image_size
-        net = timm.create_model(name, weights == "imagenet", **dict(img_size=image_size) if is_fixed else {}).eval()
-    except OSError as error:
-        raise UserError(
-            f"timm's weights of {name} cannot be downloaded ({' '.join(str(error).split()):.200}): let the environment "
-            f"variable HF_ENDPOINT name a mirror of the hub and start again, or fetch model.safetensors of "
-            f"{facts.hf_hub_id} there elsewhere and name it with --encoder_weights PATH") from None
+        known = timm.get_pretrained_cfg(name)
+        has_size = known.fixed_input_size and known.input_size[1] != image_size
+        size = dict(img_size=image_size) if has_size else {}
+        net = timm.create_model(name, pretrained=weights == "imagenet", **size).eval()
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"timm cannot build --encoder {name} for --encoder_weights {weights} and --image_size "
                         f"{image_size} ({' '.join(str(error).split()):.300})") from None
+    except Exception as error:  # of the hub: a network may fail in many ways
+        raise UserError(
+            f"timm's weights of {name} cannot be downloaded ({' '.join(str(error).split()):.200}): let the environment "
+            f"variable HF_ENDPOINT name a mirror of the hub, or fetch model.safetensors of {known.hf_hub_id} elsewhere "
+            f"and give --encoder_weights PATH") from None
     reductions = [stage["reduction"] for stage in net.feature_info]
     stage, dim = None, net.num_features
     if stride not in (32, reductions[-1]):
         if stride not in reductions:
-            raise UserError(f"--encoder_stride {stride}: the maps of {name} have {sorted({*reductions})} pixels per cell; "
-                            f"32, the default, stands for its last one")
+            raise UserError(f"--encoder_stride {stride}: the maps of {name} have {sorted({*reductions})} pixels per "
+                            f"cell; 32, the default, stands for the last one")
         stage = len(reductions) - 1 - reductions[::-1].index(stride)
         dim = net.feature_info[stage]["num_chs"]
     else:
@@ -567,10 +579,13 @@ def timm_network(name, weights, stride, image_size):
     if weights not in ("imagenet", "none"):
         adapt = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)  # to another number of tokens
         load_file(net, weights, f"timm's {name}", unused, adapt)
-    quarter = [number for number, reduction in enumerate(reductions) if reduction <= 4] or [len(reductions) // 4 - 1]
+    names = [name for name, _ in net.named_modules()][1:]
+    stages = [stage for stage in net.feature_info if stage["module"] in names]  # a few have a name of old
+    early = [stage for stage in stages if stage["reduction"] <= 4] or stages[:len(stages) // 4]
+    top = early[-1]["module"] if early else names[0]
     facts = timm.data.resolve_model_data_config(net)
     return network, dict(
-        dim=dim, stride=stride, top=f"net.{net.feature_info[max(quarter[-1], 0)]['module']}",
+        dim=dim, stride=stride, top=f"net.{top}",
         mean=[255 * x for x in facts["mean"]], std=[255 * x for x in facts["std"]])
 
 

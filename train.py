@@ -292,7 +292,9 @@ def resume(progress, optimizers, checkpoint, config, flags, path, world_size):
 def prepare(encoder, decoder, config, device, sets, rank, world_size):
     """Choose how the two halves run in training and in validation. Returns: fast.Chosen."""
     if world_size > 1 and device.type == "cuda" and config.fine_tune_encoder:
-        encoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+        from timm.layers import convert_sync_batchnorm  # PyTorch's drops the activation that is part of timm's norms
+
+        encoder = convert_sync_batchnorm(encoder)
     runs = fast.choose(encoder, decoder, config, precision(config, device))
     if config.cache_features:
         training, validation = (keep_features(dataset, encoder, runs.encoder, config, rank, world_size)

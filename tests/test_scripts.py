@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_names_step_and_pictures(tiny_flags, tmp_path)
 
 
 @pytest.mark.parametrize("flags, parts", [
-    (["--encoder", "vgg16"], ("--encoder", "resnet18", "vgg16")), (["--device", "tpu"], ("--device tpu",)),
+    (["--encoder", "resnet17"], ("--encoder", "resnet18", "resnet17")), (["--device", "tpu"], ("--device tpu",)),
     pytest.param(["--device", "cuda"], ("--device cuda",),
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"))])
 def test_what_this_machine_or_this_code_lacks(flags, parts, tiny_flags, tmp_path):
