@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from backbones import RESNETS
 from fast.decoder import FastDecoder, other_parameters
 from fast.encoder import FoldedEncoder, Replayed
-from models import RESNETS
 
 CHECK_SIDE = 128  # pixels of the pictures that the encoder is tried with, at most
 TOLERANCE = 1e-3  # of the largest value; rounding gives 1e-5, an edit that matters 1e-2

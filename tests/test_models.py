@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from benchmarks import reference
 from config import Config, UserError
 from datasets import END, PAD, START, UNK
-from models import (DecoderWithAttention, Encoder, beam_search, caption_loss, first_largest, load_resnet,
+from backbones import load_resnet
+from models import (DecoderWithAttention, Encoder, beam_search, caption_loss, first_largest,
                     never_generated, pixel_positions)
 
 B, K, T, D, A, E, H, SIDE = 3, 5, 9, 32, 24, 12, 16, 6
