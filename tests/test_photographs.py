@@ -21,7 +21,7 @@ def test_the_changes_of_a_row_apply(row, tmp_path, monkeypatch):
     for change in photographs.ROWS[row].changes:
         added = [line[1:] for line in (photographs.ROOT / "benchmarks" / "changes" / f"{change}.diff").read_text(
             "utf-8").splitlines() if line.startswith("+") and not line.startswith("+++")]
-        text = (tree / "models.py").read_text("utf-8") + (tree / "train.py").read_text("utf-8")
+        text = "".join((tree / name).read_text("utf-8") for name in ("backbones.py", "models.py", "train.py"))
         assert all(line in text for line in added)
 
 
