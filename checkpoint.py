@@ -11,7 +11,7 @@ import torch
 from config import CHECKPOINT_VERSION, get_config
 from datasets import check_word_map
 from models import build_models
-from utils import UserError, check_members, get_device, printable, replacing
+from utils import UserError, check_members, get_device, printable, replacing, weights_digest
 
 CHECKPOINT, BEST_CHECKPOINT = "checkpoint.pth.tar", "BEST_checkpoint.pth.tar"
 PREVIOUS_CHECKPOINT = "checkpoint.previous.pth.tar"
@@ -19,11 +19,12 @@ CROSS_ENTROPY_CHECKPOINT = "BEST_cross_entropy_checkpoint.pth.tar"  # what self-
 FIELDS = {"version", "epoch", "config", "word_map", "encoder", "decoder", "optimizers", "world_size", "progress"}
 
 
-def save_checkpoint(checkpoint, path):
-    """Write a checkpoint whole or not at all; the previous checkpoint.pth.tar is kept beside the new one.
+def save_checkpoint(checkpoint, path, keep_previous=False):
+    """Write a checkpoint whole or not at all.
 
     Args:
-        checkpoint (dict): tensors and plain containers only. path (Path).
+        checkpoint (dict): tensors and plain containers only. path (Path). keep_previous (bool): keep the one before
+            beside it.
     Raises:
         UserError: the disk is full or not writable; what was at `path` is untouched.
     """
@@ -34,7 +35,7 @@ def save_checkpoint(checkpoint, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, len(content)) as temporary:
         temporary.write_bytes(content)
-        if path.name == CHECKPOINT and path.exists():
+        if keep_previous and path.exists():
             previous.unlink(missing_ok=True)
             try:
                 os.link(path, previous)  # a second name, so that there is a checkpoint at `path` throughout
@@ -48,9 +49,9 @@ def load_checkpoint(path):
     Args:
         path (str or Path)
     Returns:
-        dict: version, epoch, config (dict), word_map (dict), encoder, decoder (state dicts), and what resuming needs:
-        optimizers (dict of state dicts), world_size (int), progress (dict: see train.Progress; None where the
-        checkpoint was imported).
+        dict: version, epoch, config (dict), word_map (dict), encoder, decoder (state dicts; that of an encoder which
+        is torchvision's or timm's unchanged may be empty), and what resuming needs: optimizers (dict of state dicts),
+        world_size (int), progress (dict: see train.Progress; None where the checkpoint was imported or released).
     Raises:
         UserError: missing, damaged, not a checkpoint, of another version; gives the command that brings the previous
         checkpoint back where that is intact.
@@ -104,16 +105,17 @@ def is_plain(tensor):
 
 
 def way_back(path):
-    """How to resume from the checkpoint before the one at `path`. Returns: str, "" if there is no intact one."""
-    previous = path.with_name(PREVIOUS_CHECKPOINT)
-    if path.name != CHECKPOINT or not previous.exists():
+    """How to resume from another checkpoint than the one at `path`. Returns: str, "" if there is no intact one."""
+    if path.name != CHECKPOINT:
         return ""
-    try:
-        epoch = read_checkpoint(previous)["epoch"]
-    except UserError:
-        return ""
-    return (f"; the previous one, after epoch {epoch}, is intact: "
-            f"mv {shlex.quote(str(previous))} {shlex.quote(str(path))}, and --resume continues from there")
+    for other in (path.with_name(PREVIOUS_CHECKPOINT), path.with_name(BEST_CHECKPOINT)):
+        try:
+            epoch = read_checkpoint(other)["epoch"]
+        except UserError:
+            continue
+        return (f"; {other.name}, after epoch {epoch}, is intact: "
+                f"cp {shlex.quote(str(other))} {shlex.quote(str(path))}, and --resume continues from there")
+    return ""
 
 
 def load_models(checkpoint, config, source):
@@ -126,18 +128,50 @@ def load_models(checkpoint, config, source):
     Raises:
         UserError: the weights do not fit the settings; found before any memory is allocated for them.
     """
+    halves = [half for half in ("encoder", "decoder") if checkpoint[half]]
     try:
         for device in ("meta", "cpu"):  # tensors on the meta device have a size, but no memory
+            is_pretrained = device == "cpu" and "encoder" not in halves
             with torch.device(device):
-                models = build_models(config, len(checkpoint["word_map"]), encoder_weights="none")
+                models = build_models(config, len(checkpoint["word_map"]), None if is_pretrained else "none")
             for module, half in zip(models, ("encoder", "decoder")):
-                # A plain dict, as the metadata of a state dict would remember `assign` for the next time.
-                module.load_state_dict(dict(checkpoint[half]), assign=device == "meta")
+                if half in halves:
+                    # A plain dict, as the metadata of a state dict would remember `assign` for the next time.
+                    module.load_state_dict(dict(checkpoint[half]), assign=device == "meta")
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"the weights in {source} are of another architecture than its settings: "
                         f"{' '.join(str(error).split())[:300]}; use models.py as it was at the training (commit "
                         f"{checkpoint.get('git_revision', 'unknown')}, + for changes since)") from None
+    if is_pretrained and weights_digest(models[0]) != checkpoint["encoder_digest"]:
+        raise UserError(f"{source} was trained with other weights of {config.encoder} than --encoder_weights "
+                        f"{config.encoder_weights} gives today: take {BEST_CHECKPOINT} beside it, which has them")
     return models
+
+
+def load_initial_models(path, config, word_map):
+    """The models that a new run begins with: those of a checkpoint, whatever words it knows. Words of both word maps
+    keep their embedding and their row of `fc`, new ones are random.
+
+    Args:
+        path (str): of the checkpoint. config (Config): with its architecture. word_map (dict): of the new run.
+    Returns:
+        Encoder, DecoderWithAttention; str: what the user should know.
+    Raises:
+        UserError: see load_checkpoint and load_models.
+    """
+    checkpoint = load_checkpoint(path)
+    known = checkpoint["word_map"]
+    encoder, trained = load_models(checkpoint, config, path)
+    _, decoder = build_models(config, len(word_map), "none")
+    shared = [word for word in word_map if word in known]
+    rows, known_rows = ([numbers[word] for word in shared] for numbers in (word_map, known))
+    state, fresh = trained.state_dict(), decoder.state_dict()
+    for name in ("embedding.weight", "fc.weight", "fc.bias"):
+        fresh[name][rows] = state[name][known_rows]
+        state[name] = fresh[name]
+    decoder.load_state_dict(state)
+    return encoder, decoder, (f"begun from {path}, epoch {checkpoint['epoch']}: {len(shared)} of {len(word_map)} words "
+                              f"are known to it")
 
 
 def load_optimizer(optimizer, saved, source):

@@ -61,6 +61,7 @@ class Config:
     log_dir: str = "logs"  # one folder per run: TensorBoard events, log.jsonl, config.json
     print_freq: int = 50  # steps between logging loss, gradient norm and speed; each time waits for the device
     checkpoint_minutes: float = 15.0  # time between checkpoints within an epoch; a killed run loses no more than that
+    keep_previous: bool = False  # also the checkpoint before, for a disk that damages files
     seed: int = 0  # weights, shuffling, dropout
     precision: str = "auto"  # of training: float32, bfloat16, float16 (autocast); auto: on a GPU the best it has
     device: str = "auto"  # auto (cuda if available, otherwise cpu), cpu, cuda, cuda:1, mps (Apple's), ...
@@ -118,13 +119,14 @@ PRESETS = {
 }
 
 
-def get_config(preset="ai_challenger", flags=None, trained=None):
+def get_config(preset="ai_challenger", flags=None, trained=None, initial=None):
     """The settings of a run: defaults < preset < flags, or defaults < trained < flags.
 
     Args:
         preset (str): a key of PRESETS.
         flags (dict): what the user gave on the command line, field -> value.
         trained (dict): the settings of a checkpoint, instead of a preset.
+        initial (dict): the settings of a checkpoint whose model another run begins with: of these the architecture.
     Raises:
         UserError: unknown preset or field, value out of range, flag that contradicts the checkpoint.
     """
@@ -132,18 +134,25 @@ def get_config(preset="ai_challenger", flags=None, trained=None):
     if trained is None:
         if preset not in PRESETS:
             raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not {preset!r}")
-        return Config(**{**PRESETS[preset], **flags})
+        architecture = architecture_of(initial, flags) if initial else {}
+        return Config(**{**PRESETS[preset], **flags, **architecture})
     unknown = sorted(map(str, trained.keys() - {field.name for field in dataclasses.fields(Config)}))
     if unknown:
         raise UserError(f"the checkpoint has settings that this version does not know ({', '.join(unknown)}): use the "
                         f"code that it was trained with")
     trained = {name: value for name, value in trained.items() if name != "device"}  # of another machine
+    return Config(**{**trained, **flags, **architecture_of(trained, flags)})
+
+
+def architecture_of(trained, flags):
+    """What the settings of a checkpoint fix. Args: see get_config. Returns: dict. Raises: UserError: a flag differs."""
+    found = {}
     for name in ARCHITECTURE:
-        was = trained.get(name, getattr(Config, name))  # of a checkpoint that is older than the setting: the default
+        found[name] = was = trained.get(name, getattr(Config, name))  # the default where it is older than the setting
         if flags.get(name, was) != was:
             raise UserError(f"--{name} {flags[name]} contradicts the checkpoint, which was trained with "
                             f"--{name} {was}: omit the flag, or train another model")
-    return Config(**{**trained, **flags})
+    return found
 
 
 def parse_args(description, own=None, argv=None):

@@ -3,6 +3,7 @@
     python train.py                                       # one GPU, or the CPU
     torchrun --nproc_per_node=8 train.py                  # eight GPUs; batch_size counts the pictures of all of them
     python train.py --resume                              # from the last checkpoint, also within an epoch
+    python train.py --preset own --init models/photographs.pth.tar      # a few pictures of one's own
     python train.py --resume --fine_tune_encoder true     # then train the encoder too
     python train.py --cache_features true                 # run the frozen encoder once, not in every epoch
     python train.py --resume --self_critical true         # then optimise CIDEr-D itself, from the best checkpoint
@@ -32,7 +33,7 @@ from pathlib import Path
 
 from utils import (UserError, alone, from_first_process, gather_lists, get_device, init_distributed, is_first_process,
                    keep_freed_memory, largest_of_processes, meet_processes, precise, precision, resumes, run,
-                   sum_over_processes, to_device)
+                   sum_over_processes, to_device, weights_digest)
 
 import torch
 import torch.distributed as dist
@@ -41,8 +42,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import fast
-from checkpoint import (BEST_CHECKPOINT, CHECKPOINT, CROSS_ENTROPY_CHECKPOINT, load_checkpoint, load_models,
-                        load_optimizer, save_checkpoint)
+from checkpoint import (BEST_CHECKPOINT, CHECKPOINT, CROSS_ENTROPY_CHECKPOINT, load_checkpoint,
+                        load_initial_models, load_models, load_optimizer, save_checkpoint)
 from config import CHECKPOINT_VERSION, get_config, parse_args
 from datasets import STOPPING, CaptionDataset, load_word_map, make_loader, tokenize_references
 from fast.features import keep_features
@@ -66,6 +67,7 @@ class Progress:
     epoch: int = 0  # whole epochs done
     began: int = 0  # epochs done when this phase of the run began
     batch: int = 0  # batches done of the next one
+    own_encoder: bool = False  # whether its weights are not, or not any more, those of torchvision or timm
     step: int = 0  # batches done in all
     sums: dict = field(default_factory=dict)  # of this epoch, by name, up to the last reading
     recent: dict = field(default_factory=dict)  # since the last reading; see Sums
@@ -79,7 +81,10 @@ class Progress:
 
 
 def main():
-    args = parse_args(__doc__, {"resume": dict(action="store_true", help="continue from the last checkpoint")})
+    args = parse_args(__doc__, {
+        "resume": dict(action="store_true", help="continue from the last checkpoint"),
+        "init": dict(metavar="CHECKPOINT", help="begin a new run from the model of this one, whatever its words"),
+    })
     rank, world_size, store = meet_processes()
     model_dir = Path(get_config(args.preset, args.flags).model_dir)
     with alone(model_dir / "train.lock", "--model_dir") if rank == 0 else nullcontext():
@@ -97,18 +102,26 @@ def train(args, rank, world_size, store):
     references = tokenize_references(valid_loader.dataset) if rank == 0 else None
 
     torch.manual_seed(config.seed)
-    encoder, decoder = load_models(checkpoint, config, path) if checkpoint else build_models(config, len(word_map))
+    notes = []
+    if checkpoint:
+        encoder, decoder = load_models(checkpoint, config, path)
+    elif args.init:
+        encoder, decoder, note = load_initial_models(args.init, config, word_map)
+        notes = [note]
+    else:
+        encoder, decoder = build_models(config, len(word_map))
     encoder, decoder = encoder.to(device), decoder.to(device)
     optimizers = make_optimizers(config, encoder, decoder)
     batches = dict(pictures=len(train_loader.dataset), batch_size=config.batch_size, seed=config.seed)
     continues = checkpoint and not begins
     progress = Progress(run=checkpoint["progress"]["run"] if continues else
                         from_first_process(new_run(config) if rank == 0 else None), batches=batches)
-    notes = []
     if begins:
         notes = begin_self_critical(progress, checkpoint, path, rank)
     elif checkpoint:
         notes = resume(progress, optimizers, checkpoint, config, args.flags, path, world_size)
+    if args.init and not checkpoint or config.fine_tune_encoder or config.encoder_weights != "imagenet":
+        progress.own_encoder = True
     recent, averages = Sums(progress.recent, device, rank), Averages(optimizers, config.ema_decay)
     scaler = make_scaler(config, device)
     if progress.scaler:
@@ -132,11 +145,12 @@ def train(args, rank, world_size, store):
         try:
             log.flush()  # the log may be ahead of the checkpoint, but not behind, unless its disk is full
         finally:
-            if best:
+            if best:  # the model alone
                 with averages.in_place(True):
-                    save_checkpoint(saved, path.with_name(BEST_CHECKPOINT))
+                    save_checkpoint({**saved, "optimizers": {}}, path.with_name(BEST_CHECKPOINT))
             with averages.in_place(False):  # a validation, with the averages in place, may be interrupted
-                save_checkpoint(saved, path)
+                encoder_state = saved["encoder"] if progress.own_encoder else {}
+                save_checkpoint({**saved, "encoder": encoder_state}, path, config.keep_previous)
 
     if begins:
         save()  # from here on this checkpoint alone decides what is resumed; the best one is soon another's
@@ -171,13 +185,18 @@ def settings(args, rank, store):
     config = get_config(args.preset, args.flags)
     path = Path(config.model_dir) / CHECKPOINT
     if not resumes(path, args.resume, rank, store):
+        if args.init:
+            if "encoder_weights" in args.flags:
+                raise UserError("--encoder_weights is what --init takes from its checkpoint: omit one of the two")
+            config = get_config(args.preset, args.flags, initial=load_checkpoint(args.init)["config"])
         if config.self_critical:
             raise UserError("--self_critical true continues from a model trained by cross entropy: train one, then "
                             "give the same command with --resume --self_critical true")
         return config, None, path
     checkpoint = load_checkpoint(path)
     if checkpoint["progress"] is None:
-        raise UserError(f"{path} was imported: it can be evaluated and shown, but not resumed")
+        raise UserError(f"{path} is a model without its training: it can be evaluated, shown and begun from (--init), "
+                        f"but not resumed")
     was, now = (given.get("self_critical", False) for given in (checkpoint["config"], args.flags))
     if was and args.flags.get("self_critical") is False:
         raise UserError(f"{path} is of self-critical training, which cannot return to cross entropy: see "
@@ -242,6 +261,7 @@ def begin_self_critical(progress, checkpoint, path, rank):
     saved, kept = checkpoint["progress"], path.with_name(CROSS_ENTROPY_CHECKPOINT)
     progress.epoch = progress.began = saved["epoch"]
     progress.step = saved["step"]
+    progress.own_encoder = saved.get("own_encoder", True)
     if rank == 0:
         save_checkpoint(checkpoint, kept)  # the phase overwrites the other two
     return [f"self-critical training begins from {path.with_name(BEST_CHECKPOINT)}: epoch {progress.epoch}, CIDEr on "
@@ -261,7 +281,7 @@ def resume(progress, optimizers, checkpoint, config, flags, path, world_size):
         kinds = (float, int) if expected.type is float else expected.type
         if not isinstance(saved.get(expected.name, getattr(progress, expected.name)), kinds):
             raise UserError(f"{path} is damaged: its progress has no proper {expected.name}")
-    vars(progress).update(saved, batches=batches)
+    vars(progress).update({"own_encoder": True, **saved}, batches=batches)
     if config.fine_tune_encoder and not checkpoint["config"].get("fine_tune_encoder"):
         progress.epochs_since_improvement = 0  # what stopped improving was the decoder alone
     if progress.batch and saved["batches"] != batches:
@@ -332,7 +352,7 @@ def start_line(config, encoder, optimizers, device, world_size, words, progress,
 def checkpoint_of(config, word_map, encoder, decoder, optimizers, progress, world_size):
     """All that resuming, evaluation and demo need. Returns: dict of tensors and plain containers."""
     return dict(version=CHECKPOINT_VERSION, epoch=progress.epoch, config=vars(config).copy(), word_map=word_map,
-                encoder=encoder.state_dict(), decoder=decoder.state_dict(),
+                encoder=encoder.state_dict(), encoder_digest=weights_digest(encoder), decoder=decoder.state_dict(),
                 optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
                 progress=vars(progress).copy(), world_size=world_size, command=command_line(),
                 git_revision=git_revision())

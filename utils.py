@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import datetime
 import errno
+import hashlib
+import itertools
 import multiprocessing
 import os
 import platform
@@ -169,6 +171,14 @@ def need_space(folder, size, purpose):
     if free < 1.05 * size:
         raise UserError(f"{folder} needs {1.05 * size / 2**30:.2f} GiB {purpose}, but its disk has "
                         f"{free / 2**30:.2f} GiB free: free some, or point --data_dir at another disk")
+
+
+def weights_digest(module):
+    """sha256 of a module's parameters and buffers, hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_members(archive, path):

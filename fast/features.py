@@ -3,8 +3,6 @@
 {split}_features.json beside it says what they depend on.
 """
 import collections
-import hashlib
-import itertools
 import json
 import math
 
@@ -13,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from utils import (UserError, alone, autocast_dtype, from_first_process, gather_lists, need_space, replacing,
-                   write_text)
+                   weights_digest, write_text)
 
 
 class KeptFeatures(torch.nn.Module):
@@ -88,11 +86,8 @@ def encode(encoder, dataset, rows, device):
 
 def features_key(dataset, encoder, config):
     """What kept features depend on, besides the code: the encoder's weights and buffers, the pictures, their size."""
-    digest = hashlib.sha256()
-    for name, tensor in itertools.chain(encoder.named_parameters(), encoder.named_buffers()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.detach().cpu().numpy().tobytes())
     return {"encoder": config.encoder, "image size": config.image_size, "pictures": dataset.images_digest,
-            "encoder weights": digest.hexdigest()}
+            "encoder weights": weights_digest(encoder)}
 
 
 def why_not_kept(path, key, shape, first):

@@ -170,7 +170,7 @@ def test_demo_and_evaluation_take_it_and_training_does_not(word_map, tiny, tmp_p
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert {entry["image_id"]: entry["caption"] for entry in results["captions"]} == expected
     assert results["scores"].keys() >= {"BLEU-4", "CIDEr"} and results["captions"][0]["references"]
-    fails(train.main, "--resume", "--model_dir", tmp_path, parts=(path, "was imported", "not resumed"))
+    fails(train.main, "--resume", "--model_dir", tmp_path, parts=(path, "--init", "not resumed"))
 
 
 def test_the_word_map_must_fit(word_map, tmp_path):

@@ -296,18 +296,21 @@ def damage(path, at):
 def test_a_damaged_checkpoint_names_the_way_back(spoil, tmp_path):
     folder = tmp_path / "my models"
     path = folder / "checkpoint.pth.tar"
+    save_checkpoint(weights(1), path.with_name("BEST_checkpoint.pth.tar"))
     for number in (1, 2, 3):
-        save_checkpoint(weights(number), path)
-    assert load_checkpoint(path)["epoch"] == 3 and len(files_under(folder)) == 2
+        save_checkpoint(weights(number), path, keep_previous=True)
+    assert load_checkpoint(path)["epoch"] == 3 and len(files_under(folder)) == 3
+    for name, epoch in (("checkpoint", 2), ("checkpoint.previous", 1)):
+        spoil(path)
+        if name != "checkpoint":
+            spoil(folder / f"{name}.pth.tar")
+        follow_the_error(path)
+        assert load_checkpoint(path)["epoch"] == epoch
     spoil(path)
-    follow_the_error(path)
-    assert load_checkpoint(path)["epoch"] == 2
-    save_checkpoint(weights(3), path)
-    for name in files_under(folder):
-        spoil(folder / name)
+    spoil(folder / "BEST_checkpoint.pth.tar")
     with pytest.raises(UserError) as error:
         load_checkpoint(path)
-    assert "previous" not in str(error.value)
+    assert "intact" not in str(error.value)
 
 
 def follow_the_error(path):
@@ -328,11 +331,11 @@ def test_a_checkpoint_cut_off_while_it_is_written(has_links, tmp_path, monkeypat
     if not has_links:
         monkeypatch.setattr("os.link", refuse)
     path = tmp_path / "checkpoint.pth.tar"
-    save_checkpoint(weights(1), path)
-    save_checkpoint(weights(2), path)
+    save_checkpoint(weights(1), path, keep_previous=True)
+    save_checkpoint(weights(2), path, keep_previous=True)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="untouched"):
         patch.setattr("os.fsync", refuse)
-        save_checkpoint(weights(3), path)
+        save_checkpoint(weights(3), path, keep_previous=True)
     if not path.exists():
         follow_the_error(path)
     assert load_checkpoint(path)["epoch"] == 2 and not list(tmp_path.glob("*.tmp"))
@@ -351,13 +354,13 @@ def small_disk(tmp_path):
 def test_a_checkpoint_on_a_full_disk(small_disk):
     path = small_disk / "models" / "checkpoint.pth.tar"
     for number in range(1, 5):  # of 160 KB
-        save_checkpoint(weights(number), path)
+        save_checkpoint(weights(number), path, keep_previous=True)
     before = files_under(small_disk)
 
     def save_a_large_one():
         errors = []
         try:
-            save_checkpoint(dict(weights(9), encoder={"weight": torch.zeros(200_000)}), path)
+            save_checkpoint(dict(weights(9), encoder={"weight": torch.zeros(200_000)}), path, True)
         except UserError as error:
             errors.append(error)  # a cycle: its traceback has this frame, which has the error
         return str(*errors)
