@@ -1,0 +1,56 @@
+"""Make a checkpoint small enough to be given away: weights in half precision, no optimizers, and what it knows.
+
+    python models/release.py BEST_checkpoint.pth.tar --results results_valid_beam3.json --note "..." --out FILE
+
+demo.py, eval.py and train.py --init take such a file as any other; it cannot be resumed.
+"""
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scripts are
+
+from checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from config import Config, new_parser  # noqa: E402
+from utils import UserError, run  # noqa: E402
+
+OF_THIS_MACHINE = ("data_dir", "model_dir", "log_dir", "cache_features", "workers")
+
+
+def main():
+    parser = new_parser(__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a BEST_checkpoint.pth.tar")
+    parser.add_argument("--results", type=Path, required=True, help="what eval.py wrote of its recipe")
+    parser.add_argument("--note", required=True, help="what the model has seen, in a sentence, and the licence")
+    parser.add_argument("--out", type=Path, required=True, help="the file to write")
+    args = parser.parse_args()
+
+    trained = load_checkpoint(args.checkpoint)
+    if not trained["encoder"]:
+        raise UserError(f"{args.checkpoint} has no encoder: take BEST_checkpoint.pth.tar")
+    results = json.loads(args.results.read_text(encoding="utf-8"))
+
+    released = {name: trained[name] for name in ("version", "epoch", "word_map", "command", "git_revision")}
+    released["config"] = dict(trained["config"], **defaults(OF_THIS_MACHINE))
+    for half in ("encoder", "decoder"):
+        released[half] = {name: halved(tensor) for name, tensor in trained[half].items()}
+    released |= dict(optimizers={}, progress=None, world_size=1, note=args.note, protocol=results["protocol"],
+                     scores=results["scores"])
+    save_checkpoint(released, args.out)
+    print(f"Wrote {args.out}, {args.out.stat().st_size / 2**20:.1f} MiB")
+
+
+def defaults(names):
+    """The default settings of these names. Returns: dict."""
+    return {field.name: field.default for field in fields(Config) if field.name in names}
+
+
+def halved(tensor):
+    """A weight in float16; biases and what batch norms hold, which are few and of any size, stay as they are."""
+    return tensor.half() if tensor.ndim > 1 and tensor.is_floating_point() else tensor
+
+
+if __name__ == "__main__":
+    run(main)
