@@ -36,6 +36,7 @@ SETTINGS = ("image_size", "captions_per_image", "max_len", "min_word_freq")  # o
 PAD, UNK, START, END = "<pad>", "<unk>", "<start>", "<end>"
 # Not EPS, whose decoder runs another program, nor formats that no photograph needs.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MIN_STEPS = 20  # of an epoch; its whole batches then leave out fewer than one picture in 20
 SHARED_MEMORY = Path("/dev/shm")  # where workers put batches, on Linux
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
                     ".pbm", ".pnm")
@@ -491,6 +492,11 @@ class BatchSampler(Sampler):
         else:
             for start in self.starts():
                 yield list(range(start, min(start + self.batch_size, self.n)))
+
+
+def largest_batch_size(n):
+    """Of `n` training pictures, the largest batch that gives an epoch MIN_STEPS steps. Returns: int, at least 1."""
+    return max(n // MIN_STEPS, 1)
 
 
 def make_loader(dataset, config, shuffle, rank=0, world_size=1):

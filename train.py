@@ -45,7 +45,7 @@ import fast
 from checkpoint import (BEST_CHECKPOINT, CHECKPOINT, CROSS_ENTROPY_CHECKPOINT, load_checkpoint,
                         load_initial_models, load_models, load_optimizer, save_checkpoint)
 from config import CHECKPOINT_VERSION, get_config, parse_args
-from datasets import STOPPING, CaptionDataset, load_word_map, make_loader, tokenize_references
+from datasets import STOPPING, CaptionDataset, largest_batch_size, load_word_map, make_loader, tokenize_references
 from fast.features import keep_features
 from models import Term, build_models, caption_loss, generate, pixel_positions, sample, self_critical_loss
 from runlog import RunLog, command_line, git_revision, new_run
@@ -346,6 +346,12 @@ def start_line(config, encoder, optimizers, device, world_size, words, progress,
     if config.encoder_weights == "none" and not config.fine_tune_encoder and is_random:
         line += ("\nwarning: with --encoder_weights none the encoder is random, and without --fine_tune_encoder true "
                  "it stays so: give that, or begin with --encoder_weights imagenet")
+    pictures, sampler = len(train_loader.dataset), train_loader.sampler
+    fitting = max(largest_batch_size(pictures), world_size)
+    if sampler.batch_size > fitting:
+        line += (f"\nwarning: an epoch has only {len(sampler)} steps of {sampler.batch_size} pictures "
+                 f"and leaves out {pictures % sampler.batch_size} of {pictures}; --batch_size {fitting} "
+                 f"gives {pictures // fitting} steps and leaves out {pictures % fitting}")
     return line
 
 

@@ -24,8 +24,8 @@ from torch.utils.data._utils import signal_handling
 
 from config import get_config
 from datasets import (PICTURE_FORMATS, PICTURE_SUFFIXES, BadPicture, BatchSampler, CaptionDataset, build_word_map,
-                      decode_caption, draft_size, kind_of, encode_caption, load_word_map, make_loader, normalise,
-                      open_picture, read_image, short_names, tokenize, word_list)
+                      decode_caption, draft_size, kind_of, encode_caption, largest_batch_size, load_word_map,
+                      make_loader, normalise, open_picture, read_image, short_names, tokenize, word_list)
 from pre_process import SPLITS
 from utils import UserError, replacing, write_text
 
@@ -642,6 +642,14 @@ def test_evaluation_goes_through_every_row_once(n, batch_size, processes):
 def test_a_batch_too_small_for_its_processes_is_a_users_error(n, batch_size, processes):
     with pytest.raises(UserError):
         BatchSampler(n, batch_size, True, 0, 0, processes)
+
+
+def test_small_data_have_a_batch_that_gives_enough_steps_and_leaves_out_little():
+    for n in range(1, 700):
+        fits = [b for b in range(1, n + 1) if n // b >= 20 and n % b <= 0.05 * n]
+        assert largest_batch_size(n) == max(fits, default=1)
+        enough = len(BatchSampler(n, largest_batch_size(n), True)) >= 20
+        assert enough == (n >= 20)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

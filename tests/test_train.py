@@ -150,6 +150,14 @@ def test_an_encoder_that_is_random_and_stays_so_is_warned_of(run):
     assert warned("--resume", "--fine_tune_encoder", "false", *one_step) == 0, "it has been trained"
 
 
+def test_an_epoch_of_few_steps_is_warned_of(run, tmp_path):
+    """And one that leaves out many of the pictures; not where no batch size would be better."""
+    printed = run("--epochs", 1, "--batch_size", 5)
+    assert re.search("^warning: .* 2 steps of 5 pictures and leaves out 2 of 12; --batch_size 1 gives 12 steps and "
+                     "leaves out 0$", printed, re.M)
+    assert "warning: an epoch" not in run("--epochs", 2, "--batch_size", 1, "--resume")
+
+
 def test_rates_fall_and_fine_tuning_can_begin_later(run, tmp_path, monkeypatch):
     let_score_give(monkeypatch, (0.5, 0), (0.4, 0), (0.4, 0), (0.4, 0))
     decay = ["--batch_size", 12, "--lr_decay_epochs", 1, "--early_stop_epochs", 2]
