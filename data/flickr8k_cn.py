@@ -136,7 +136,7 @@ def is_same(folder, split, pictures, entries):
     _, images, annotations = SPLITS[split]
     try:
         return (folder / annotations).read_text("utf-8") == json.dumps(entries, ensure_ascii=False) and all(
-            (folder / images / entry["image_id"]).stat().st_size == (pictures / entry["image_id"]).stat().st_size
+            (folder / images / entry["image_id"]).stat().st_size == pictures[entry["image_id"]].stat().st_size
             for entry in entries)
     except (FileNotFoundError, UnicodeDecodeError):
         return False
@@ -146,14 +146,14 @@ def write_splits(out, pictures, splits):
     """
     Writes {split: entries} into folders of `out` that have AI Challenger's names; each appears whole, once all are.
     """
-    temporary = out / "flickr8k_cn.tmp"
+    temporary = out / "splits.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
         for split, entries in splits.items():
             name, images, annotations = SPLITS[split]
             (temporary / name / images).mkdir(parents=True)
             for entry in entries:
-                picture, target = pictures / entry["image_id"], temporary / name / images / entry["image_id"]
+                picture, target = pictures[entry["image_id"]], temporary / name / images / entry["image_id"]
                 try:
                     os.link(picture.resolve(), target)
                 except OSError:  # another disk, or one without hard links
@@ -165,6 +165,26 @@ def write_splits(out, pictures, splits):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def lay_out(out, pictures, splits, source):
+    """
+    Writes the splits that are not in `out` yet, alone there; other input is not mixed with what is.
+
+    `pictures` is {image_id: Path}, `splits` {split: entries}, and `source` (Path) what messages name.
+    Returns the names of the folders written. Raises UserError where a folder is there from other
+    input.
+    """
+    todo = dict(splits)
+    with alone(out / "pre_process.lock", "--out"):
+        for split in LISTS:
+            folder = out / SPLITS[split][0]
+            if folder.exists() or folder.with_name(f"{folder.name}.zip").exists():
+                if not is_same(folder, split, pictures, todo.pop(split, None) or []):
+                    raise UserError(f"{folder} is there already, but not from what {source} has now: remove it, "
+                                    f"or choose another --out")
+        write_splits(out, pictures, todo)
+    return [SPLITS[split][0] for split in todo]
+
+
 def main():
     parser = new_parser("Lay Flickr8k-CN out as AI Challenger is.")
     parser.add_argument("source", type=Path, metavar="FOLDER", help="what its publishers give; see data/README.md")
@@ -172,15 +192,9 @@ def main():
     args = parser.parse_args()
 
     splits, left_out = read_source(args.source)
-    todo = dict(splits)
-    with alone(args.out / "pre_process.lock", "--out"):
-        for split in LISTS:
-            folder = args.out / SPLITS[split][0]
-            if folder.exists() or folder.with_name(f"{folder.name}.zip").exists():
-                if not is_same(folder, split, args.source / PICTURES, todo.pop(split, None) or []):
-                    raise UserError(f"{folder} is there already, but not from what {args.source} has now: remove it, "
-                                    f"or choose another --out")
-        write_splits(args.out, args.source / PICTURES, todo)
+    names = [entry["image_id"] for entries in splits.values() for entry in entries]
+    pictures = {name: args.source / PICTURES / name for name in names}
+    written = lay_out(args.out, pictures, splits, args.source)
 
     for split, entries in splits.items():
         print(f"{split:6} {len(entries):6,} pictures {sum(len(entry['caption']) for entry in entries):7,} captions")
@@ -190,8 +204,8 @@ def main():
         if split not in splits:
             print(f"{split}: no {args.source / name}" + (
                 "" if split == "test_a" else "; pre_process.py needs train and valid: put it there and call again"))
-    if todo:
-        print(f"Wrote {', '.join(SPLITS[split][0] for split in todo)} into {args.out}")
+    if written:
+        print(f"Wrote {', '.join(written)} into {args.out}")
     else:
         print(f"Nothing to do: {args.out} is up to date.")
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from utils import precision
 
 pytestmark = pytest.mark.paper  # the diffs are of the unedited file
 PAGE = (ROOT / "docs" / "changing.md").read_text(encoding="utf-8")
-CHANGES = "dot product", "heads", "backbone", "entropy", "data"  # in the page's order
+CHANGES = "dot product", "heads", "backbone", "entropy"  # in the page's order
 
 
 def blocks(kind, page=PAGE):
@@ -159,20 +158,3 @@ def test_another_term_of_the_loss(wanted, epochs, edited, unedited, tiny_flags):
         assert 0 < found["entropy"] <= math.log(16) + 1e-4
         assert found["loss"] == pytest.approx(found["cross_entropy"] + found["coverage"] + 0.01 * found["entropy"])
     assert len({line["train"]["entropy"] for line in log}) == epochs and "entropy" not in unedited[1]
-
-
-def test_another_data_set(edited, tiny, tiny_flags, tmp_path):
-    edited("data")
-    lines = []
-    annotations, = tiny.glob("*/*train_annotations*.json")
-    for entry in json.loads(annotations.read_text(encoding="utf-8")):
-        picture, = annotations.parent.glob(f"*/{entry['image_id']}")
-        shutil.copy(picture, tmp_path)
-        lines += [f"{entry['image_id']}\t{sentence}\n" for sentence in entry["caption"]]
-    (tmp_path / "captions.txt").write_text("".join(lines), encoding="utf-8-sig")
-    with mock.patch("sys.argv", ["mine.py", str(tmp_path)]):
-        runpy.run_path("data/mine.py")
-    code, out, err = call("pre_process", *tiny_flags, "--data_dir", "data/mine")
-    assert code == 0 and "train: 10 pictures, 0 unreadable, 0 without caption; 50 captions" in out, err
-    line, checkpoint, _ = training(*tiny_flags, "--data_dir", "data/mine", "--epochs", 1)
-    assert line == LINES["data"] and checkpoint["progress"]["batches"]["pictures"] == 10
