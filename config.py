@@ -112,6 +112,12 @@ PRESETS = {
                    encoded_image_size=8, emb_dim=128, attention_dim=256, decoder_dim=256, dropout=0.1, epochs=5,
                    batch_size=10, encoder_lr=8e-4, decoder_lr=1e-3, ema_decay=0.99, alpha_c=0.1, lr_decay=0.5,
                    lr_decay_epochs=1, self_critical_xe=1.0, precision="bfloat16", workers=0),
+    # A few hundred pictures of one's own, laid out by data/own.py: the sizes of models/photographs.pth.tar, so that
+    # --init can begin from it. Every word counts, averages take the place of a longer run.
+    "own": dict(data_dir="data/own", model_dir="models/own", log_dir="logs/own", encoder="tf_efficientnet_lite2",
+                image_size=260, encoded_image_size=9, emb_dim=256, attention_dim=256, decoder_dim=384,
+                cache_features=True, min_word_freq=1, alpha_c=0.0, ema_decay=0.99, batch_size=15, epochs=20,
+                lr_decay=0.7, lr_decay_epochs=2, early_stop_epochs=6),
     # 6,000 photographs are overfitted soon: the rates fall and the run ends earlier. The default min_word_freq keeps
     # 2,109 words; 3.6 % of the words of the validation captions are not among them.
     "flickr8k_cn": dict(data_dir="data/flickr8k_cn", model_dir="models/flickr8k_cn", log_dir="logs/flickr8k_cn",

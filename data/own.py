@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where config.py is
 
-from config import Config, new_parser  # noqa: E402
+from config import PRESETS, Config, new_parser  # noqa: E402
 from data.flickr8k_cn import lay_out  # noqa: E402
 from datasets import (  # noqa: E402
     PICTURE_SUFFIXES,
@@ -48,7 +48,6 @@ DELIMITERS = "\t,;|"
 FEW_SENTENCES = 3000  # with fewer, a word of the training sentences is kept that is there only once
 SHOWN = 10  # lines on the screen of what is left out
 START = "models/photographs.pth.tar"  # the model that training begins from
-IMAGE_SIZE = 260  # what it was trained on, pixels
 
 
 # --------------------------------------------------------------------------------------------------
@@ -408,11 +407,14 @@ def print_commands(out, splits, captions):
     name = out.resolve().name
     print(f"Sentences per picture: {min(counts)} to {max(counts)}, "
           f"{sum(counts) / len(counts):.1f} on average. Next:")
-    data = ["--data_dir", out.as_posix(), "--captions_per_image", max(counts)]
-    pre_process = ["pre_process.py", *data, "--image_size", IMAGE_SIZE,
-                   "--min_word_freq", 1 if few else Config.min_word_freq]
-    train = ["train.py", *data, "--model_dir", f"models/{name}", "--log_dir", f"logs/{name}",
-             "--init", START, "--batch_size", batch_size, "--cache_features", "true"]
+    data = ["--preset", "own", "--captions_per_image", max(counts)]
+    folders = []
+    if out.as_posix() != PRESETS["own"]["data_dir"]:
+        data += ["--data_dir", out.as_posix()]
+        folders = ["--model_dir", f"models/{name}", "--log_dir", f"logs/{name}"]
+    words = [] if few else ["--min_word_freq", Config.min_word_freq]
+    pre_process = ["pre_process.py", *data, *words]
+    train = ["train.py", *data, *folders, "--init", START, "--batch_size", batch_size]
     for command in (pre_process, train):
         print("python", shlex.join(map(str, command)))
 

@@ -179,13 +179,11 @@ def test_it_goes_on_to_preprocessing_with_the_flags_it_prints(folder):
         assert result.code == 0, result
     commands = [line.split() for line in result.out.splitlines() if line.startswith("python ")]
     assert [command[1] for command in commands] == ["pre_process.py", "train.py"]
-    flags = commands[0][commands[0].index("--captions_per_image"):]
-    assert dict(zip(flags[::2], flags[1::2])) == {
-        "--captions_per_image": "3", "--image_size": "260", "--min_word_freq": "1"}
+    assert all(command[2:6] == ["--preset", "own", "--captions_per_image", "3"] for command in commands)
     assert "--batch_size 1 " in result.out and "--init models/photographs.pth.tar" in result.out
     assert "'models/data set'" in result.out and "1 to 3, 1.9 on average" in result.out
     data = folder / "data set"
-    result = call(pre_process.main, "--data_dir", data, *flags)
+    result = call(pre_process.main, "--preset", "own", "--captions_per_image", 3, "--data_dir", data)
     assert result.code == 0, result
     with h5py.File(data / "train.h5") as train, h5py.File(data / "valid.h5") as valid, \
             h5py.File(data / "test_a.h5") as test:
