@@ -180,7 +180,7 @@ def test_it_goes_on_to_preprocessing_with_the_flags_it_prints(folder):
     commands = [line.split() for line in result.out.splitlines() if line.startswith("python ")]
     assert [command[1] for command in commands] == ["pre_process.py", "train.py"]
     assert all(command[2:6] == ["--preset", "own", "--captions_per_image", "3"] for command in commands)
-    assert "--batch_size 1 " in result.out and "--init models/photographs.pth.tar" in result.out
+    assert "--batch_size 1\n" in result.out and "--init models/photographs.pth.tar" in result.out
     assert "'models/data set'" in result.out and "1 to 3, 1.9 on average" in result.out
     data = folder / "data set"
     result = call(pre_process.main, "--preset", "own", "--captions_per_image", 3, "--data_dir", data)
