@@ -8,9 +8,10 @@
     python train.py --cache_features true                 # run the frozen encoder once, not in every epoch
     python train.py --resume --self_critical true         # then optimise CIDEr-D itself, from the best checkpoint
 
-Writes models/checkpoint.pth.tar every `checkpoint_minutes`, after every epoch and when it is told to stop, keeping the
-one before; models/BEST_checkpoint.pth.tar after every best epoch; and logs/RUN/ with TensorBoard's events, log.jsonl (a
-line per epoch) and config.json (settings, command, versions). A resumed run ends as if it had never been interrupted.
+Writes models/checkpoint.pth.tar, all that a run needs to go on, every `checkpoint_minutes`, after every epoch and when
+it is told to stop; models/BEST_checkpoint.pth.tar, the model alone, after every best epoch; and logs/RUN/ with
+TensorBoard's events, log.jsonl (a line per epoch) and config.json (settings, command, versions). A resumed run ends as
+if it had never been interrupted.
 
 Departures from the original, and why:
 - Pictures come in batches with all their captions: one pass of the encoder instead of five.
