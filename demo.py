@@ -6,8 +6,13 @@
     python demo.py --html images/index.html               # also a page: point at a word to see its attention
 """
 import io
+import os
 from contextlib import suppress
 from pathlib import Path
+
+# A picture is so little work that threads mostly wait for each other. If they do so busily, all takes
+# twice as long beside another program, such as a training. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from utils import UserError, printable, replacing, run, write_text
 
