@@ -31,7 +31,7 @@ COMMENT = b"attention, drawn by demo.py"  # of its figures' JPEG files, which it
 def main():
     args = parse_args(__doc__, {
         "checkpoint": dict(metavar="FILE", help="the model (models/BEST_checkpoint.pth.tar, or the preset's)"),
-        "image": dict(metavar="FILE_OR_FOLDER", help="what to caption (images/image_*.jpg)"),
+        "image": dict(metavar="FILE_OR_FOLDER", help="what to caption, subfolders included (images/image_*.jpg)"),
         "beam_size": dict(type=positive, default=3, metavar="K", help="1 is greedy (3)"),
         "out": dict(default="images", metavar="FOLDER", help="where the figures go (images)"),
         "every_word": dict(type=boolean, default=False, metavar="BOOL",
@@ -79,15 +79,22 @@ def main():
 
 
 def find_pictures(image):
-    """The files to caption. Args: image (str): a file, a folder, or None for images/image_*.jpg. Returns: list of Path.
+    """The files to caption.
 
-    Raises: UserError: there is none.
+    Args:
+        image (str): a file, a folder with its subfolders, or None for images/image_*.jpg.
+    Returns:
+        list of Path
+    Raises:
+        UserError: there is none.
     """
     if image is None:
         paths = sorted(Path("images").glob("image_*.jpg"), key=lambda path: (len(path.name), path.name))
         image = "images/image_*.jpg"
     elif Path(image).is_dir():
-        files = sorted(Path(image).iterdir())
+        # Links to folders are not followed, as they may lead in a circle, but counted.
+        found = Path(image).rglob("*")
+        files = sorted(path for path in found if path.is_symlink() or not path.is_dir())
         pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()]
         paths = [path for path in pictures if not is_figure(path)]
         if len(paths) < len(files):

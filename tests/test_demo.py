@@ -305,26 +305,31 @@ def test_a_figure_has_the_name_of_its_picture_where_no_other_has_it(tmp_path):
     assert demo.figure_names(paths) == ["out_3.jpg", "out_cat.jpg", "out_OUT_b.jpg"]
 
 
-def test_of_a_folder_nothing_is_left_out_without_a_word(checkpoint, tmp_path):
-    """The figures of a run before, in the same folder, are; a picture of one's own that is named like them is not."""
+@pytest.mark.parametrize("out", [".", "more/out"])
+def test_of_a_folder_nothing_is_left_out_without_a_word(out, checkpoint, tmp_path):
+    """Nor of its subfolders. The figures of a run before, in there too, are; a picture of one's own that is named like
+    them is not.
+    """
     for name in ("a.jpg", "out_b.jpg", "out_a.jpg", "c.JPE"):
         Image.new("RGB", (90, 60), "red").save(tmp_path / name, "JPEG")
     for name in ("notes.txt", "d.heic", "empty.png"):
         (tmp_path / name).touch()
-    (tmp_path / "more").mkdir()
-    own = files_under(tmp_path)
-    flags = ["--checkpoint", checkpoint, "--image", tmp_path, "--out", tmp_path, "--beam_size", 1]
-    captioned = ["a.jpg", "c.JPE", "out_a.jpg", "out_b.jpg"]
-    for figures in (0, 4):
+    (tmp_path / "more" / "and more").mkdir(parents=True)
+    for folder in ("more", "more/and more"):
+        shutil.copy(tmp_path / "a.jpg", tmp_path / folder)
+    own = {name: content for name, content in files_under(tmp_path).items() if content is not None}
+    flags = ["--checkpoint", checkpoint, "--image", tmp_path, "--out", tmp_path / out, "--beam_size", 1]
+    captioned = ["a.jpg", "c.JPE", "more/a.jpg", "more/and more/a.jpg", "out_a.jpg", "out_b.jpg"]
+    for figures in (0, 6):
         done = call(demo.main, *flags)
-        assert done.code == 2 and "1 of 5" in done.err and "empty.png" in done.out
+        assert done.code == 2 and "1 of 7" in done.err and "empty.png" in done.out
         lines = [line.split("\t") for line in done.out.splitlines() if "\t" in line]
         assert [line[0] for line in lines] == [str(tmp_path / name) for name in captioned]
-        assert len({line[3] for line in lines}) == 4
+        assert len({line[3] for line in lines}) == 6
         skipped, = (line for line in done.out.splitlines() if "left out" in line and "empty" not in line)
-        assert re.findall(r"\d+", skipped.removeprefix(str(tmp_path))) == [str(figures), "3"]
-        assert len(files_under(tmp_path)) == len(own) + 4
-    now = files_under(tmp_path)
+        assert re.findall(r"\d+", skipped.removeprefix(str(tmp_path))) == [str(figures), "2"]
+        now = files_under(tmp_path)
+        assert sum(content is not None for content in now.values()) == len(own) + 6
     assert all(now[name] == content for name, content in own.items()), "a picture was overwritten"
 
 
