@@ -1,10 +1,14 @@
+# make demo     a few photographs, captioned by the model that comes along: images/out_*.jpg
 # make sample   the whole pipeline on the sample set, from nothing to images/out_*.jpg
 # make test     lint and the whole test suite
 # make bench    speed and memory against the plain implementation, about twenty minutes on two cores
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: sample test bench
+.PHONY: demo sample test bench
+
+demo: .venv/installed
+	$(BIN)/python demo.py
 
 sample: .venv/installed data/sample/scenes.json
 	$(BIN)/python pre_process.py --preset sample

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from config import CHECKPOINT_VERSION, get_config
+from config import CHECKPOINT_VERSION, DEFAULT_PRESET, get_config
 from datasets import check_word_map
 from models import build_models
 from utils import UserError, check_members, get_device, printable, replacing, weights_digest
 
 CHECKPOINT, BEST_CHECKPOINT = "checkpoint.pth.tar", "BEST_checkpoint.pth.tar"
 PREVIOUS_CHECKPOINT = "checkpoint.previous.pth.tar"
+RELEASED = Path(__file__).parent / "models" / "photographs.pth.tar"  # comes along; models/README.md
 CROSS_ENTROPY_CHECKPOINT = "BEST_cross_entropy_checkpoint.pth.tar"  # what self-critical training began from
 FIELDS = {"version", "epoch", "config", "word_map", "encoder", "decoder", "optimizers", "world_size", "progress"}
 
@@ -65,13 +66,14 @@ def load_checkpoint(path):
 
 def read_checkpoint(path):
     if not path.is_file():
-        here, presets = (path.parent.glob(pattern) for pattern in ("*.pth.tar", f"*/{BEST_CHECKPOINT}"))
-        other = min(here, default=min(presets, default=Path("FILE")))
+        presets = path.parent.glob(f"*/{BEST_CHECKPOINT}")
+        other = min(own_checkpoints(path.parent), default=min(presets, default=Path("FILE")))
         found = f"name one to eval.py or demo.py: --checkpoint {shlex.quote(str(other))}"
         if other.name.endswith("_.pth.tar"):  # as the original names its own
             found = f"import the original's: python models/import_original.py {shlex.quote(str(other))} WORDMAP.json"
+        released = f"take the one that comes along, --checkpoint {shlex.quote(str(RELEASED))}; "
         raise UserError(f"{path} does not exist: check --preset and --model_dir; train a model with train.py, without "
-                        f"--resume; or {found}")
+                        f"--resume; {released if RELEASED.exists() else ''}or {found}")
     try:
         with zipfile.ZipFile(path) as file:  # torch.load verifies no checksums: a flipped bit would be another weight
             check_members(file, path)
@@ -96,6 +98,11 @@ def read_checkpoint(path):
         raise UserError(f"{path} is damaged, or not a checkpoint of this repo ({reason[:200]}); one of the original is "
                         f"imported by models/import_original.py") from None
     return checkpoint
+
+
+def own_checkpoints(folder):
+    """The checkpoints in a folder (Path) but the one that comes along. Returns: list of Path."""
+    return [file for file in folder.glob("*.pth.tar") if file.name != RELEASED.name]
 
 
 def is_plain(tensor):
@@ -196,20 +203,30 @@ def load_optimizer(optimizer, saved, source):
     optimizer.load_state_dict(dict(own, state=saved["state"]))
 
 
-def open_checkpoint(args):
+def open_checkpoint(args, otherwise=None):
     """What eval.py and demo.py begin with: the checkpoint, its settings under the user's flags, and its models.
 
     Args:
         args (Namespace): of parse_args; `checkpoint` is a path, or None for the preset's best one.
+        otherwise (Path): taken where the user named no checkpoint, preset or folder of models, and
+        models/ has none of the user's own.
     Returns:
         dict, Config, torch.device, Encoder, DecoderWithAttention, both in eval mode
     """
-    args.checkpoint = path = Path(args.checkpoint
-                                  or Path(get_config(args.preset, args.flags).model_dir) / BEST_CHECKPOINT)
+    if not args.checkpoint:
+        args.checkpoint = Path(get_config(args.preset, args.flags).model_dir) / BEST_CHECKPOINT
+        is_named = args.preset != DEFAULT_PRESET or "model_dir" in args.flags
+        has_own = own_checkpoints(args.checkpoint.parent)
+        if otherwise and otherwise.exists() and not is_named and not has_own:
+            print(f"{args.checkpoint} does not exist, so this is the model that comes along:")
+            args.checkpoint = otherwise
+    args.checkpoint = path = Path(args.checkpoint)
     checkpoint = load_checkpoint(path)
     config = get_config(flags=args.flags, trained=checkpoint["config"])
     device = get_device(config)
     print(f"{path}: epoch {checkpoint['epoch']}, {config.encoder}, {len(checkpoint['word_map'])} words, trained by "
           f"`{printable(checkpoint.get('command', 'unknown'))}`")
+    if "note" in checkpoint:  # what it has seen and what it has not
+        print(printable(checkpoint["note"]))
     encoder, decoder = load_models(checkpoint, config, path)
     return checkpoint, config, device, encoder.to(device).eval(), decoder.to(device).eval()

@@ -103,6 +103,7 @@ CHECKPOINT_VERSION = 3  # of the files that a Config is saved in
 ARCHITECTURE = ("encoder", "encoder_stride", "encoded_image_size", "image_size", "emb_dim", "attention_dim",
                 "decoder_dim")
 
+DEFAULT_PRESET = "ai_challenger"
 PRESETS = {
     "ai_challenger": {},
     # Three and a quarter minutes on two cores with bfloat16: a small ResNet from random weights without its last stage,
@@ -125,7 +126,7 @@ PRESETS = {
 }
 
 
-def get_config(preset="ai_challenger", flags=None, trained=None, initial=None):
+def get_config(preset=DEFAULT_PRESET, flags=None, trained=None, initial=None):
     """The settings of a run: defaults < preset < flags, or defaults < trained < flags.
 
     Args:
@@ -175,7 +176,7 @@ def parse_args(description, own=None, argv=None):
     """
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     parser = new_parser(description)
-    parser.add_argument("--preset", default="ai_challenger", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("--preset", default=DEFAULT_PRESET, help=f"one of {', '.join(PRESETS)}")
     for name, keywords in (own or {}).items():
         parser.add_argument(f"--{name}", **keywords)
     fields = dataclasses.fields(Config)

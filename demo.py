@@ -1,8 +1,8 @@
 """Caption pictures and draw the attention at each word.
 
-    python demo.py                                        # images/image_*.jpg -> images/out_*.jpg
-    python demo.py --preset sample
-    python demo.py --image my_photos --out my_captions    # a file or a folder
+    python demo.py --image my.jpg                         # a file or a folder -> images/out_*.jpg
+    python demo.py                                        # images/image_*.jpg, or scikit-image's
+    python demo.py --preset sample                        # images/sample/image_*.jpg
     python demo.py --html images/index.html               # also a page: point at a word to see its attention
 """
 import io
@@ -17,29 +17,35 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from utils import UserError, printable, replacing, run, write_text
 
 import torch
+from PIL import Image
 
 import fast
-from checkpoint import open_checkpoint
+from checkpoint import RELEASED, open_checkpoint
 from config import boolean, parse_args, positive
 from datasets import PICTURE_SUFFIXES, BadPicture, open_picture, read_image, short_names
 from models import generate, pixel_positions
 from visualize import draw_attention, html_page, page_entry
 
 COMMENT = b"attention, drawn by demo.py"  # of its figures' JPEG files, which it then does not caption
+PHOTOGRAPHS = "astronaut", "camera", "chelsea", "coffee", "rocket"  # public domain or CC0: README
 
 
 def main():
     args = parse_args(__doc__, {
-        "checkpoint": dict(metavar="FILE", help="the model (models/BEST_checkpoint.pth.tar, or the preset's)"),
-        "image": dict(metavar="FILE_OR_FOLDER", help="what to caption, subfolders included (images/image_*.jpg)"),
+        "checkpoint": dict(metavar="FILE",
+                           help="the model (models/BEST_checkpoint.pth.tar, or the preset's; "
+                           "models/photographs.pth.tar where nothing was trained)"),
+        "image": dict(metavar="FILE_OR_FOLDER",
+                      help="what to caption, subfolders included (images/image_*.jpg)"),
         "beam_size": dict(type=positive, default=3, metavar="K", help="1 is greedy (3)"),
         "out": dict(default="images", metavar="FOLDER", help="where the figures go (images)"),
         "every_word": dict(type=boolean, default=False, metavar="BOOL",
                            help="a tile for words such as 的 and 是 too (false)"),
         "html": dict(metavar="FILE", help="also write a page that shows the attention at each word"),
     })
-    paths = find_pictures(args.image)
-    checkpoint, config, device, encoder, decoder = open_checkpoint(args)
+    examples = Path("images/sample" if args.preset == "sample" else "images")
+    paths = find_pictures(args.image, examples)
+    checkpoint, config, device, encoder, decoder = open_checkpoint(args, otherwise=RELEASED)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if args.html:
@@ -78,19 +84,22 @@ def main():
                         + ("; the others are done" if bad < len(paths) else ""))
 
 
-def find_pictures(image):
+def find_pictures(image, examples):
     """The files to caption.
 
     Args:
-        image (str): a file, a folder with its subfolders, or None for images/image_*.jpg.
+        image (str): a file, a folder with its subfolders, or None for image_*.jpg of `examples`.
+        examples (Path): a folder; images/ gets scikit-image's photographs where it has none.
     Returns:
         list of Path
     Raises:
         UserError: there is none.
     """
     if image is None:
-        paths = sorted(Path("images").glob("image_*.jpg"), key=lambda path: (len(path.name), path.name))
-        image = "images/image_*.jpg"
+        if examples == Path("images") and not any(examples.glob("image_*.jpg")):
+            save_photographs(examples)
+        paths = sorted(examples.glob("image_*.jpg"), key=lambda path: (len(path.name), path.name))
+        image = examples / "image_*.jpg"
     elif Path(image).is_dir():
         # Links to folders are not followed, as they may lead in a circle, but counted.
         found = Path(image).rglob("*")
@@ -105,6 +114,18 @@ def find_pictures(image):
     if not paths:
         raise UserError(f"{image}: no such picture; --image takes a file or a folder of {' '.join(PICTURE_SUFFIXES)}")
     return paths
+
+
+def save_photographs(folder):
+    """Save scikit-image's photographs as image_*.jpg. Args: folder (Path)."""
+    from skimage import data  # here, as nothing else needs it
+
+    folder.mkdir(exist_ok=True)
+    for name in PHOTOGRAPHS:
+        photograph = Image.fromarray(getattr(data, name)())
+        with replacing(folder / f"image_{name}.jpg") as temporary:
+            photograph.save(temporary, "JPEG", quality=90)
+    print(f"{folder}: no image_*.jpg, so scikit-image's photographs were put there")
 
 
 def is_figure(path):

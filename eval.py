@@ -2,7 +2,7 @@
 
     python eval.py                                        # models/BEST_checkpoint.pth.tar on valid, beam 3
     torchrun --nproc_per_node=4 eval.py                   # on four GPUs
-    python eval.py --split test_a --beam_size 5 --results results.json
+    python eval.py --split test_a --beam_size 5 --results models/results.json
     python eval.py --official true                        # also the scores of AI Challenger's evaluator; needs Java
     python eval.py --preset sample --split test_a         # the sample set has boxes, which allow two more measures
 

@@ -1,7 +1,7 @@
 """Speed and memory of this repository against the naive implementation in reference.py, at equal results.
 
     python benchmarks/run.py train                        # one group: preprocess, train, score, eval or scaling
-    python benchmarks/run.py all --json results.json      # `make bench`; about twenty minutes on two cores
+    python benchmarks/run.py all --json logs/bench.json   # `make bench`; about twenty minutes on two cores
     python benchmarks/run.py epoch                        # an epoch of AI Challenger on a GPU: training and validation
     python benchmarks/run.py scaling --plot scaling.png   # time and memory against batch, caption length, vocabulary
 

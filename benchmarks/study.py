@@ -1,7 +1,7 @@
 """What the model learns, next to what it must be compared with: reference.py trained alike, and captions of no model.
 
     python benchmarks/study.py reference --preset flickr8k_cn --fine_tune_encoder true   # takes all flags of train.py
-    python benchmarks/study.py baselines --preset flickr8k_cn --results baselines.json
+    python benchmarks/study.py baselines --preset flickr8k_cn --results logs/baselines.json
     python benchmarks/study.py curves curves.png logs/*/*/log.jsonl
 
 `reference` is train.py with the training step of reference.py, in float32: the same initial weights, batches, losses,

@@ -43,7 +43,7 @@ def edited(tmp_path, monkeypatch):
 
     def apply(change):
         tree = tmp_path / "tree"
-        command = ["git", "ls-files", "*.py", "images/template.html", "images/image_0.jpg"]
+        command = ["git", "ls-files", "*.py", "images/template.html", "images/sample/image_0.jpg"]
         for name in subprocess.check_output(command, cwd=ROOT, text=True).split():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
@@ -120,7 +120,7 @@ def test_another_attention(change, edited, unedited, tiny_flags):
         assert torch.allclose(alphas.sum(dim=(1, 2)), torch.ones(len(alphas)))
 
     torch.save(unedited[0], "older.pth.tar")
-    code, _, err = call("demo", "--checkpoint", "older.pth.tar")
+    code, _, err = call("demo", "--checkpoint", "older.pth.tar", "--image", "images/sample/image_0.jpg")
     message = "are of another architecture than its settings"
     assert code == 2 and message in err and message in PAGE
 
@@ -141,7 +141,7 @@ def test_another_backbone(edited, tiny_flags):
     trained = [all(p.requires_grad for p in stage.parameters()) for stage in encoder.resnet]
     assert trained == [False, False, True, True, True]
     assert encoder.offset == 0, "padded on both sides alike"
-    code, out, err = call("demo", "--checkpoint", "m/BEST_checkpoint.pth.tar", "--image", "images/image_0.jpg",
+    code, out, err = call("demo", "--checkpoint", "m/BEST_checkpoint.pth.tar", "--image", "images/sample/image_0.jpg",
                           "--out", "drawn", "--html", "drawn/index.html")
     assert code == 0, err[-4000:]
     assert LINES["backbone"] in out.splitlines() and (tree / "drawn" / "out_0.jpg").exists()

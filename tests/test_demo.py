@@ -20,7 +20,9 @@ from fontTools.ttLib import TTFont
 from matplotlib.figure import Figure
 from PIL import Image
 
+import checkpoint as checkpoints
 import demo
+import eval
 from checkpoint import CHECKPOINT_VERSION, save_checkpoint
 from config import Config
 from datasets import END, PAD, START, UNK, open_picture
@@ -34,7 +36,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The path of a model of random weights that writes a hostile word over and over, and never ends."""
+    """The path of a model of random weights that writes a hostile word over and over, and never ends; it has a note."""
     config = Config(image_size=64, encoder="resnet18", encoder_weights="none", encoded_image_size=4, emb_dim=8,
                     attention_dim=8, decoder_dim=8, max_len=3, device="cpu")
     word_map = {PAD: 0, HOSTILE: 1, "小狗": 2, UNK: 3, START: 4, END: 5}
@@ -46,7 +48,7 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("hostile") / "hostile.pth.tar"
     save_checkpoint(dict(version=CHECKPOINT_VERSION, config=dataclasses.asdict(config), word_map=word_map, epoch=7,
                          encoder=encoder.state_dict(), decoder=decoder.state_dict(), progress=None, optimizers={},
-                         world_size=1), path)
+                         world_size=1, note="has seen dogs\x1b[31m\nand beaches"), path)
     return path
 
 
@@ -331,6 +333,61 @@ def test_of_a_folder_nothing_is_left_out_without_a_word(out, checkpoint, tmp_pat
         now = files_under(tmp_path)
         assert sum(content is not None for content in now.values()) == len(own) + 6
     assert all(now[name] == content for name, content in own.items()), "a picture was overwritten"
+
+
+def test_where_nothing_was_trained_the_model_that_comes_along_captions(checkpoint, tmp_path, monkeypatch):
+    """And says what it knows; of a model or a folder that is named and missing it is only told."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "RELEASED", checkpoint)
+    monkeypatch.setattr(checkpoints, "RELEASED", checkpoint)
+    Image.new("RGB", (90, 60), "red").save("my.png")
+    taken = "models/BEST_checkpoint.pth.tar does not exist"
+    done = call(demo.main, "--image", "my.png", "--beam_size", 1)
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert sum(taken in line for line in lines) == 1 and "has seen dogs [31m and beaches" in lines
+    assert (tmp_path / "images" / "out_my.jpg").exists()
+
+    mistakes = [(demo.main, "--preset", "sample"), (demo.main, "--preset", "flickr8k_cn"), (eval.main,),
+                (demo.main, "--model_dir", "models"), (demo.main, "--checkpoint", "models/BEST_checkpoint.pth.tar")]
+    for main, *flags in mistakes:
+        image = ["--image", "my.png"] * (main is demo.main)
+        done = call(main, *flags, *image)
+        assert done.code == 2 and "does not exist" in done.err, flags
+        assert f"--checkpoint {checkpoint}" in done.err, flags
+    done = call(demo.main, "--image", "my.png", "--encoder", "resnet34")
+    assert done.code == 2 and "contradicts the checkpoint" in done.err
+
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "BEST_checkpoint_.pth.tar").touch()  # the original's
+    done = call(demo.main, "--image", "my.png")
+    assert done.code == 2 and "import_original.py" in done.err
+    shutil.copy(checkpoint, tmp_path / "models" / "BEST_checkpoint.pth.tar")
+    done = call(demo.main, "--image", "my.png", "--beam_size", 1)
+    assert done.code == 0 and taken not in done.out and "models/BEST_checkpoint.pth.tar: epoch 7" in done.out
+
+
+def test_without_a_picture_there_are_photographs(checkpoint, tmp_path, monkeypatch):
+    """The ten scenes are for the sample set's model; for others there are one's own image_*.jpg, or scikit-image's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "draw_attention", lambda *args: Figure((1, 1)))
+    flags = ["--checkpoint", checkpoint, "--beam_size", 1]
+    for folder, name in (("images", "image_7.jpg"), ("images/sample", "image_0.jpg")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (90, 60), "red").save(tmp_path / folder / name)
+    for preset, picture in (([], "images/image_7.jpg"), (["--preset", "sample"], "images/sample/image_0.jpg")):
+        done = call(demo.main, *flags, *preset)
+        assert [line.split("\t")[0] for line in done.out.splitlines() if "\t" in line] == [picture]
+
+    (tmp_path / "images" / "image_7.jpg").unlink()
+    for _ in range(2):
+        done = call(demo.main, *flags)
+        assert done.code == 0, done.err
+        captioned = {line.split("\t")[0] for line in done.out.splitlines() if "\t" in line}
+        assert captioned == {f"images/image_{name}.jpg" for name in demo.PHOTOGRAPHS}
+        assert all((tmp_path / "images" / f"out_{name}.jpg").exists() for name in demo.PHOTOGRAPHS)
+    for picture in captioned:
+        assert np.asarray(open_picture(picture)).std() > 30
 
 
 @pytest.mark.parametrize("what, error", [("draw_attention", ValueError("too large")), ("page_entry", MemoryError())])

@@ -240,7 +240,8 @@ def test_no_text_from_outside_gives_orders_to_a_terminal(run, tmp_path, capsys):
     path = tmp_path / "models" / "checkpoint.pth.tar"
     save_checkpoint(saved, path)
     import demo
-    done = call(demo.main, "--checkpoint", path, "--out", tmp_path / "out", "--device", "cpu")
+    done = call(demo.main, "--checkpoint", path, "--image", "images/sample/image_0.jpg", "--out", tmp_path / "out",
+                "--device", "cpu")
     assert "title" in done.out and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", done.out)
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "\x1b[2J.jpg").write_bytes(b"")

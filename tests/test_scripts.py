@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import conftest
@@ -128,11 +129,41 @@ def is_figure(path):
 
 
 def test_demo_of_the_ten_pictures(best, tmp_path):
-    done = script("demo.py", "--checkpoint", best, "--out", tmp_path, "--max_len", 12, check=0)
+    done = script("demo.py", "--preset", "sample", "--checkpoint", best, "--out", tmp_path, "--max_len", 12, check=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"out_{i}.jpg" for i in range(10)]
     assert all(is_figure(path) for path in tmp_path.iterdir())
-    assert all(f"images/image_{i}.jpg" in done.stdout for i in range(10))
+    assert all(f"images/sample/image_{i}.jpg" in done.stdout for i in range(10))
     assert "missing from font" not in done.stderr, "a Chinese character was drawn as an empty box"
+
+
+def test_normal_use_leaves_git_clean(best, tmp_path):
+    """What the scripts and the commands of README write, git ignores; what comes along, it does not."""
+    def git(*command):
+        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *command], cwd=tmp_path, check=True,
+                              capture_output=True, text=True).stdout
+    files = subprocess.check_output(["git", "ls-files"], cwd=conftest.ROOT, text=True).splitlines()
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(conftest.ROOT / name, tmp_path / name)
+    git("init")
+    git("add", "--force", ".")
+    git("commit", "-m", "first")
+    assert git("ls-files", "--cached", "--ignored", "--exclude-standard") == ""
+
+    command = [sys.executable, "demo.py", "--checkpoint", best, "--max_len", "4", "--html", "images/index.html"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    written = ["models/BEST_checkpoint.pth.tar", "models/sample/checkpoint.pth.tar", "models/results_valid_beam3.json",
+               "models/submission.json", "data/WORDMAP.json", "data/sample/scenes.json", "logs/sample/run/log.jsonl",
+               "BEST_checkpoint_.ours.pth.tar", ".venv/installed", ".pytest_cache/x", ".ruff_cache/x",
+               "images/mine/out_cat.jpg", "images/cat.jpg"]
+    for name in written:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert len([*(tmp_path / "images").glob("out_*.jpg")]) == 5
+    assert git("status", "--short", "--untracked-files=all") == ""
+    for name in ("models/photographs.pth.tar", "images/gallery/out_cat.jpg"):
+        (tmp_path / name).touch()
+        assert git("status", "--short", "--untracked-files=all", name) == f"?? {name}\n"
 
 
 def test_the_ai_challenger_preset_at_its_full_size(tiny, tmp_path):
@@ -143,7 +174,8 @@ def test_the_ai_challenger_preset_at_its_full_size(tiny, tmp_path):
     call(pre_process.main, *data, "--min_word_freq", 1)
     call(train.main, *data, *folders(tmp_path), "--encoder_weights", "none", "--epochs", 1, "--batch_size", 12,
          "--workers", 0)
-    call(demo.main, "--model_dir", tmp_path / "models", "--image", "images/image_0.jpg", "--out", tmp_path / "out")
+    call(demo.main, "--model_dir", tmp_path / "models", "--image", "images/sample/image_0.jpg", "--out",
+         tmp_path / "out")
     assert is_figure(tmp_path / "out" / "out_0.jpg")
     config = load_checkpoint(tmp_path / "models" / "BEST_checkpoint.pth.tar")["config"]
     assert (config["encoder"], config["image_size"], config["encoded_image_size"]) == ("resnet101", 256, 14)
@@ -155,7 +187,7 @@ def test_the_ai_challenger_preset_at_its_full_size(tiny, tmp_path):
 
 
 def test_a_missing_or_bad_checkpoint(tmp_path):
-    for main, *more in ((eval.main,), (demo.main,), (train.main, "--resume")):
+    for main, *more in ((eval.main,), (demo.main, "--image", "images/sample/image_0.jpg"), (train.main, "--resume")):
         fails(main, *more, "--model_dir", tmp_path, parts=(tmp_path / "", "does not exist", "train.py"))
     path = tmp_path / "bad.pth.tar"
     path.write_bytes(b"garbage")

@@ -41,7 +41,7 @@ def test_every_script(name, cells, flags, tiny, tiny_flags, tmp_path, monkeypatc
     best = "--checkpoint", tmp_path / "m" / "BEST_checkpoint.pth.tar"
     result = call(evaluation.main, *best, "--split", "valid", "--results", tmp_path / "r.json")
     assert result.code == 0, result.err
-    result = call(demo.main, *best, "--image", ROOT / "images" / "image_0.jpg", "--out", tmp_path / "drawn")
+    result = call(demo.main, *best, "--image", ROOT / "images/sample/image_0.jpg", "--out", tmp_path / "drawn")
     assert result.code == 0 and (tmp_path / "drawn" / "out_0.jpg").exists(), result.err
 
 
