@@ -246,8 +246,9 @@ def test_a_file_that_is_not_json(tmp_path):
         assert result.code == 2 and "cannot be read as JSON" in error_line(result.err)
 
 
-@needs_java
-def test_the_official_scores_of_anyones_captions(tmp_path):
+def test_the_official_scores_of_anyones_captions(tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "meteor", lambda *_: {})  # which takes seconds to start
+    monkeypatch.setattr(scores, "ptb_tokenize", lambda captions: [caption.split() for caption in captions])
     result = run_scores(tmp_path, *formats("contest"), "--official", "true")
     expected = official_scores(SUBMISSION, REFERENCES)
     assert f"official CIDEr {expected['CIDEr']:.4f}" in result.out and "PTB" in result.out.splitlines()[-1]
