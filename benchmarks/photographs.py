@@ -175,7 +175,7 @@ def release(argv):
         flags = {**RECIPE, **ROWS[row].flags, "data_dir": data, "model_dir": models, "log_dir": LOGS / "released"}
         resume = ["--resume"] if (models / CHECKPOINT).exists() else []
         execute(["train.py", *as_arguments(flags), *resume], ROOT)
-    execute(["models/release.py", models / BEST_CHECKPOINT, "--results", scored, "--note", NOTE, "--out", RELEASED],
+    execute(["deploy/release.py", models / BEST_CHECKPOINT, "--results", scored, "--note", NOTE, "--out", RELEASED],
             ROOT)
 
 

@@ -1,11 +1,9 @@
 """What a run begins with: another model, whatever its words; an encoder that checkpoints need not hold."""
-import importlib.util
 import json
 import re
 
 import pytest
 import torch
-from conftest import ROOT
 from test_scripts import call, fails, folders
 from test_train import last_checkpoint, read_log, run  # noqa: F401
 
@@ -15,11 +13,9 @@ import train
 from checkpoint import load_checkpoint, load_initial_models, load_models
 from config import get_config
 from datasets import END, PAD, START, UNK
+from deploy import release
 
 BEST = "BEST_checkpoint.pth.tar"
-SPECIFICATION = importlib.util.spec_from_file_location("release", ROOT / "models" / "release.py")
-release = importlib.util.module_from_spec(SPECIFICATION)
-SPECIFICATION.loader.exec_module(release)
 
 
 def test_words_keep_what_was_learnt_of_them(run, tmp_path):  # noqa: F811

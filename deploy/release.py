@@ -1,6 +1,6 @@
 """Make a checkpoint small enough to be given away: weights in half precision, no optimizers, and what it knows.
 
-    python models/release.py BEST_checkpoint.pth.tar --results results_valid_beam3.json --note "..." --out FILE
+    python deploy/release.py BEST_checkpoint.pth.tar --results results_valid_beam3.json --note "..." --out FILE
 
 demo.py, eval.py and train.py --init take such a file as any other; it cannot be resumed.
 """
