@@ -377,7 +377,8 @@ class Pause:
     def __init__(self, minutes, save):
         self.seconds, self.save, self.since, self.signal, self.asked = 60 * minutes, save, time.monotonic(), 0, 0.0
         for number in STOPPING:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            is_of_terminal = number not in (signal.SIGTERM, signal.SIGINT)
+            if not is_of_terminal or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, self.remember)
 
     def remember(self, number, frame):

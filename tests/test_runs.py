@@ -110,6 +110,7 @@ def test_a_closed_terminal_saves_the_run(tiny_flags, tmp_path):
     """The kernel sends SIGHUP to all of its processes, and writing to it fails from then on."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         command = [sys.executable, str(ROOT / "train.py"), *tiny_flags, *flags(tmp_path, **LONG, workers=2)]
         os.execv(sys.executable, command)
     shown = b""

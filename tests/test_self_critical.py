@@ -261,8 +261,8 @@ def test_the_second_phase_killed_after_its_first_best_checkpoint(first, second, 
     begin_from(first, tmp_path)
     given = second_flags(tiny_flags, tmp_path, checkpoint_minutes=60)
     with monkeypatch.context() as patch:
-        def save_and_die(saved, path):
-            save_checkpoint(saved, path)
+        def save_and_die(saved, path, *rest):
+            save_checkpoint(saved, path, *rest)
             if path.name == BEST_CHECKPOINT:
                 sys.exit(9)
         patch.setattr(train, "save_checkpoint", save_and_die)
