@@ -149,7 +149,7 @@ def load_models(checkpoint, config, source):
         raise UserError(f"the weights in {source} are of another architecture than its settings: "
                         f"{' '.join(str(error).split())[:300]}; use models.py as it was at the training (commit "
                         f"{checkpoint.get('git_revision', 'unknown')}, + for changes since)") from None
-    if is_pretrained and weights_digest(models[0]) != checkpoint["encoder_digest"]:
+    if is_pretrained and weights_digest(models[0]) != checkpoint.get("encoder_digest"):
         raise UserError(f"{source} was trained with other weights of {config.encoder} than --encoder_weights "
                         f"{config.encoder_weights} gives today: take {BEST_CHECKPOINT} beside it, which has them")
     return models

@@ -138,6 +138,9 @@ def train(args, rank, world_size, store):
         log = RunLog(config, progress, runs.report, checkpoint if continues else None, len(train_loader),
                      valid_loader.dataset, pixel_positions(encoder, config.image_size, config.encoded_image_size))
 
+    # Weights that torchvision or timm gives again need no place in every checkpoint.
+    left_out = {} if progress.own_encoder else dict(encoder={}, encoder_digest=weights_digest(encoder))
+
     def save(best=False):
         progress.recent, progress.scaler = recent.of_all_processes(), scaler.state_dict()
         if rank > 0 or not are_finite([*changing(encoder, optimizers), torch.tensor([*progress.recent.values()])]):
@@ -150,8 +153,7 @@ def train(args, rank, world_size, store):
                 with averages.in_place(True):
                     save_checkpoint({**saved, "optimizers": {}}, path.with_name(BEST_CHECKPOINT))
             with averages.in_place(False):  # a validation, with the averages in place, may be interrupted
-                encoder_state = saved["encoder"] if progress.own_encoder else {}
-                save_checkpoint({**saved, "encoder": encoder_state}, path, config.keep_previous)
+                save_checkpoint({**saved, **left_out}, path, config.keep_previous)
 
     if begins:
         save()  # from here on this checkpoint alone decides what is resumed; the best one is soon another's
@@ -359,7 +361,7 @@ def start_line(config, encoder, optimizers, device, world_size, words, progress,
 def checkpoint_of(config, word_map, encoder, decoder, optimizers, progress, world_size):
     """All that resuming, evaluation and demo need. Returns: dict of tensors and plain containers."""
     return dict(version=CHECKPOINT_VERSION, epoch=progress.epoch, config=vars(config).copy(), word_map=word_map,
-                encoder=encoder.state_dict(), encoder_digest=weights_digest(encoder), decoder=decoder.state_dict(),
+                encoder=encoder.state_dict(), decoder=decoder.state_dict(),
                 optimizers={name: optimizer.state_dict() for name, optimizer in optimizers.items()},
                 progress=vars(progress).copy(), world_size=world_size, command=command_line(),
                 git_revision=git_revision())
