@@ -21,15 +21,17 @@ OF_THIS_MACHINE = ("data_dir", "model_dir", "log_dir", "cache_features", "worker
 
 def main():
     parser = new_parser(__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a BEST_checkpoint.pth.tar")
+    parser.add_argument("checkpoint", type=Path, help="BEST_checkpoint.pth.tar; checkpoint.pth.tar: the last epoch")
     parser.add_argument("--results", type=Path, required=True, help="what eval.py wrote of its recipe")
     parser.add_argument("--note", required=True, help="what the model has seen, in a sentence, and the licence")
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     args = parser.parse_args()
 
     trained = load_checkpoint(args.checkpoint)
-    if not trained["encoder"]:
-        raise UserError(f"{args.checkpoint} has no encoder: take BEST_checkpoint.pth.tar")
+    if not trained["encoder"] or "encoder" in trained["optimizers"]:
+        raise UserError(f"{args.checkpoint} has no encoder, or one that is being trained: take BEST_checkpoint.pth.tar")
+    if trained["optimizers"]:
+        put_averages(trained["decoder"], trained["optimizers"]["decoder"])
     results = json.loads(args.results.read_text(encoding="utf-8"))
 
     released = {name: trained[name] for name in ("version", "epoch", "word_map", "command", "git_revision")}
@@ -40,6 +42,16 @@ def main():
                      scores=results["scores"])
     save_checkpoint(released, args.out)
     print(f"Wrote {args.out}, {args.out.stat().st_size / 2**20:.1f} MiB")
+
+
+def put_averages(weights, optimizer):
+    """Put the averages, where a run's last checkpoint has them, into the weights' place, as in its best one.
+
+    Args: weights, optimizer (dict): state dicts of a decoder, which is all trained, and of its optimizer.
+    """
+    for name, number in zip(weights, optimizer["param_groups"][0]["params"]):
+        state = optimizer["state"].get(number, {})
+        weights[name] = state.get("average", weights[name])
 
 
 def defaults(names):

@@ -107,7 +107,7 @@ def test_a_best_checkpoint_in_the_last_one_s_place_is_resumed(run, tmp_path):  #
 def test_a_released_model_captions_as_the_one_that_was_trained(run, tmp_path, monkeypatch):  # noqa: F811
     """In half the bytes; it can be begun from but not resumed."""
     monkeypatch.setattr("scores.meteor", lambda *_: {})  # which takes seconds to start
-    run("--epochs", 3, "--decoder_lr", 0.01)
+    run("--epochs", 1, "--decoder_lr", 0.01, "--ema_decay", 0.9)
     path, small = tmp_path / "models" / BEST, tmp_path / "small.pth.tar"
     given = ["--checkpoint", path, "--results", tmp_path / "results.json", "--beam_size", 1]
     call(eval.main, *given)
@@ -120,5 +120,9 @@ def test_a_released_model_captions_as_the_one_that_was_trained(run, tmp_path, mo
     call(eval.main, "--checkpoint", small, "--results", tmp_path / "again.json", "--beam_size", 1, *data)
     captions, again = (json.loads((tmp_path / name).read_text())["captions"] for name in ("results.json", "again.json"))
     assert [caption["words"] for caption in captions] == [caption["words"] for caption in again]
+    last = tmp_path / "models" / "checkpoint.pth.tar"
+    call(release.main, last, "--results", tmp_path / "results.json", "--note", "", "--out", tmp_path / "last.tar")
+    for name, weight in load_checkpoint(tmp_path / "last.tar")["decoder"].items():
+        assert torch.equal(weight, released["decoder"][name]), "the first epoch is the best and the last one"
     (tmp_path / "models" / "checkpoint.pth.tar").write_bytes(small.read_bytes())
     assert "not resumed" in run("--resume", check=2)
