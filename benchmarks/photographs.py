@@ -72,7 +72,7 @@ FROM_RANDOM = dict(encoder="resnet18", encoder_weights="none", fine_tune_encoder
                    lr_decay_epochs=2)
 REGULARISED = dict(label_smoothing=0.1, embedding_dropout=0.3, mirror="true", ema_decay=0.998, length_penalty=1)
 # The model that comes along: small enough for a repository.
-SMALL = dict(emb_dim=256, attention_dim=256, decoder_dim=384, alpha_c=0, ema_decay=0.998)
+SMALL = dict(emb_dim=256, attention_dim=256, decoder_dim=384, alpha_c=0, ema_decay=0.998, length_penalty=1)
 ROWS = {
     "baseline": Row(beams=(1, 3, 5), seeds=3),
     "length_penalty 1": Row(dict(length_penalty=1), of="baseline", beams=(3, 5), seeds=3),
@@ -170,7 +170,7 @@ def release(argv):
     splits = dict(train=entries["train"] + entries["valid"], valid=entries["valid"])
     data, models = DATA / "released", MODELS / "released"
     write_data(data, args.source, splits, RECIPE["image_size"])
-    flags = {**RECIPE, **SMALL, "data_dir": data, "model_dir": models, "log_dir": LOGS / "released"}
+    flags = {**RECIPE, **SMALL, "epochs": 7, "data_dir": data, "model_dir": models, "log_dir": LOGS / "released"}
     resume = ["--resume"] if (models / CHECKPOINT).exists() else []
     execute(["train.py", *as_arguments(flags), *resume], ROOT)
     execute(["deploy/release.py", models / BEST_CHECKPOINT, "--results", scored, "--note", NOTE, "--out", RELEASED],

@@ -36,6 +36,7 @@ def main():
 
     released = {name: trained[name] for name in ("version", "epoch", "word_map", "command", "git_revision")}
     released["config"] = dict(trained["config"], **defaults(OF_THIS_MACHINE))
+    released["config"]["length_penalty"] = results["protocol"]["length_penalty"]  # it captions as it was scored
     for half in ("encoder", "decoder"):
         released[half] = {name: halved(tensor) for name, tensor in trained[half].items()}
     released |= dict(optimizers={}, progress=None, world_size=1, note=args.note, protocol=results["protocol"],
