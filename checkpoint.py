@@ -155,20 +155,20 @@ def load_models(checkpoint, config, source):
     return models
 
 
-def load_initial_models(path, config, word_map):
+def load_initial_models(checkpoint, source, config, word_map):
     """The models that a new run begins with: those of a checkpoint, whatever words it knows. Words of both word maps
     keep their embedding and their row of `fc`, new ones are random.
 
     Args:
-        path (str): of the checkpoint. config (Config): with its architecture. word_map (dict): of the new run.
+        checkpoint (dict): of load_checkpoint. source: its path, for messages. config (Config): with its architecture.
+        word_map (dict): of the new run.
     Returns:
         Encoder, DecoderWithAttention; str: what the user should know.
     Raises:
-        UserError: see load_checkpoint and load_models.
+        UserError: see load_models.
     """
-    checkpoint = load_checkpoint(path)
     known = checkpoint["word_map"]
-    encoder, trained = load_models(checkpoint, config, path)
+    encoder, trained = load_models(checkpoint, config, source)
     _, decoder = build_models(config, len(word_map), "none")
     shared = [word for word in word_map if word in known]
     rows, known_rows = ([numbers[word] for word in shared] for numbers in (word_map, known))
@@ -177,8 +177,9 @@ def load_initial_models(path, config, word_map):
         fresh[name][rows] = state[name][known_rows]
         state[name] = fresh[name]
     decoder.load_state_dict(state)
-    return encoder, decoder, (f"begun from {path}, epoch {checkpoint['epoch']}: {len(shared)} of {len(word_map)} words "
-                              f"are known to it")
+    note = (f"begun from {source}, epoch {checkpoint['epoch']}: {len(shared)} of {len(word_map)} words are known to "
+            f"it")
+    return encoder, decoder, note
 
 
 def load_optimizer(optimizer, saved, source):

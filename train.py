@@ -32,9 +32,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from utils import (UserError, alone, from_first_process, gather_lists, get_device, init_distributed, is_first_process,
-                   keep_freed_memory, largest_of_processes, meet_processes, precise, precision, resumes, run,
-                   sum_over_processes, to_device, weights_digest)
+from utils import (UserError, alone, discard_output, from_first_process, gather_lists, get_device, init_distributed,
+                   is_first_process, keep_freed_memory, largest_of_processes, meet_processes, precise, precision,
+                   resumes, run, sum_over_processes, to_device, weights_digest)
 
 import torch
 import torch.distributed as dist
@@ -94,7 +94,7 @@ def main():
 
 def train(args, rank, world_size, store):
     """A run, or the rest of one. Args: args (Namespace): of parse_args; rank, world_size, store: of meet_processes."""
-    config, checkpoint, path = settings(args, rank, store)
+    config, checkpoint, path, initial = settings(args, rank, store)
     begins = config.self_critical and not checkpoint["config"].get("self_critical")  # the second phase
     keep_freed_memory()
     device = get_device(config)
@@ -106,8 +106,8 @@ def train(args, rank, world_size, store):
     notes = []
     if checkpoint:
         encoder, decoder = load_models(checkpoint, config, path)
-    elif args.init:
-        encoder, decoder, note = load_initial_models(args.init, config, word_map)
+    elif initial:
+        encoder, decoder, note = load_initial_models(initial, args.init, config, word_map)
         notes = [note]
     else:
         encoder, decoder = build_models(config, len(word_map))
@@ -121,7 +121,7 @@ def train(args, rank, world_size, store):
         notes = begin_self_critical(progress, checkpoint, path, rank)
     elif checkpoint:
         notes = resume(progress, optimizers, checkpoint, config, args.flags, path, world_size)
-    if args.init and not checkpoint or config.fine_tune_encoder or config.encoder_weights != "imagenet":
+    if initial or config.fine_tune_encoder or config.encoder_weights != "imagenet":
         progress.own_encoder = True
     recent, averages = Sums(progress.recent, device, rank), Averages(optimizers, config.ema_decay)
     scaler = make_scaler(config, device)
@@ -184,18 +184,23 @@ def train(args, rank, world_size, store):
 
 
 def settings(args, rank, store):
-    """The run's settings, and what it continues from. Returns: Config; checkpoint (dict) or None; Path of it."""
+    """The run's settings, and what it continues from or begins with.
+
+    Returns: Config; checkpoint (dict) that it continues from, or None; Path of it; that of --init (dict), or None.
+    """
     config = get_config(args.preset, args.flags)
     path = Path(config.model_dir) / CHECKPOINT
     if not resumes(path, args.resume, rank, store):
+        initial = None
         if args.init:
             if "encoder_weights" in args.flags:
                 raise UserError("--encoder_weights is what --init takes from its checkpoint: omit one of the two")
-            config = get_config(args.preset, args.flags, initial=load_checkpoint(args.init)["config"])
+            initial = load_checkpoint(args.init)
+            config = get_config(args.preset, args.flags, initial=initial["config"])
         if config.self_critical:
             raise UserError("--self_critical true continues from a model trained by cross entropy: train one, then "
                             "give the same command with --resume --self_critical true")
-        return config, None, path
+        return config, None, path, initial
     checkpoint = load_checkpoint(path)
     if checkpoint["progress"] is None:
         raise UserError(f"{path} is a model without its training: it can be evaluated, shown and begun from (--init), "
@@ -210,7 +215,7 @@ def settings(args, rank, store):
     if "log_dir" not in args.flags and not Path(trained.log_dir).resolve().is_relative_to(Path.cwd()):
         raise UserError(f"{path} was trained with --log_dir {trained.log_dir}, which is not in this folder: give the "
                         f"flag to log there again, or elsewhere")  # a checkpoint alone must not say where to write
-    return trained, checkpoint, path
+    return trained, checkpoint, path, None
 
 
 def load_data(config, checkpoint, path, device, rank, world_size):
@@ -387,9 +392,7 @@ class Pause:
         if not self.signal:
             self.signal, self.asked = number, time.monotonic()
             if number not in (signal.SIGTERM, signal.SIGINT):  # the terminal is closed: what is written to it fails
-                with open(os.devnull, "w") as nowhere:
-                    for stream in (1, 2):
-                        os.dup2(nowhere.fileno(), stream)
+                discard_output(1, 2)
             if is_first_process():
                 os.write(2, b"\nsaving after this step\n")  # print may be what the signal interrupts
         elif time.monotonic() > self.asked + 10:  # Ctrl-C comes from the terminal and from torchrun, both meaning one

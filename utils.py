@@ -57,8 +57,7 @@ def run(main):
         print("error:", printable(error), file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # whoever reads, such as head, has seen enough
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
+        discard_output(1)
         sys.exit(128 + 13)
     except torch.OutOfMemoryError as error:
         print("error: out of memory: give a smaller --batch_size or --beam_size, and train.py --resume where there is "
@@ -71,6 +70,13 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def discard_output(*streams):
+    """Let what is written to these file descriptors go nowhere, as nobody is there to read it."""
+    with open(os.devnull, "w") as nowhere:
+        for stream in streams:
+            os.dup2(nowhere.fileno(), stream)
 
 
 def printable(text):

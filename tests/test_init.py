@@ -26,7 +26,7 @@ def test_words_keep_what_was_learnt_of_them(run, tmp_path):  # noqa: F811
     known = [word for word in trained["word_map"] if word not in (PAD, UNK, START, END)][:9]
     word_map = {word: i for i, word in enumerate([PAD, "龙", *known[::-1], "凤", UNK, START, END])}
     config = get_config(flags={}, trained=trained["config"])
-    encoder, decoder, note = load_initial_models(path, config, word_map)
+    encoder, decoder, note = load_initial_models(trained, path, config, word_map)
     old_encoder, old_decoder = load_models(trained, config, path)
     assert f"13 of {len(word_map)} words" in note
     images, lengths = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8), torch.tensor([[11], [11]])
