@@ -31,7 +31,6 @@ class Config:
     attention_dim: int = 512  # hidden layer of the attention
     decoder_dim: int = 512  # LSTM state
     dropout: float = 0.5  # on the LSTM state, before the words are scored
-    embedding_dropout: float = 0.0  # on the embedded words that training feeds in
     length_penalty: float = 0.0  # captions compare by log-probability / tokens^this; 0 favours short ones
 
     # optimisation
@@ -41,8 +40,6 @@ class Config:
     encoder_lr: float = 1e-4  # Adam, when fine-tuning
     decoder_lr: float = 4e-4  # Adam
     grad_clip: float = 5.0  # each component of the gradient is clipped to +-5; 0: no clipping
-    mirror: bool = False  # train on a random half of the grids mirrored; not where captions tell left from right
-    label_smoothing: float = 0.0  # share of every target word that is spread evenly over all words
     ema_decay: float = 0.0  # per step, of a moving average of the weights, which is validated and kept as best; 0: none
     alpha_c: float = 1.0  # weight of the doubly stochastic term (eq. 14)
     lr_decay: float = 0.8  # both rates are multiplied by this ...
@@ -73,8 +70,8 @@ class Config:
         at_least = dict(image_size=32, captions_per_image=1, max_len=1, min_word_freq=1, encoded_image_size=1,
                         emb_dim=1, attention_dim=1, decoder_dim=1, epochs=1, batch_size=1, lr_decay_epochs=1,
                         early_stop_epochs=1, samples=2, print_freq=1, seed=0, workers=0)
-        at_most = dict(max_bad_images=1, dropout=1, embedding_dropout=1, lr_decay=1, label_smoothing=1, ema_decay=1,
-                       length_penalty=10, image_size=4096, max_len=200, encoded_image_size=256, workers=256,
+        at_most = dict(max_bad_images=1, dropout=1, lr_decay=1, ema_decay=1, length_penalty=10,
+                       image_size=4096, max_len=200, encoded_image_size=256, workers=256,
                        seed=2**32 - 1)  # epoch and rank are mixed in, within 64 bits
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -99,6 +96,8 @@ class Config:
 
 
 CHECKPOINT_VERSION = 3  # of the files that a Config is saved in
+# Settings of training that older checkpoints have and this version has not: diffs in benchmarks/changes.
+RETIRED = ("embedding_dropout", "label_smoothing", "mirror")
 # What the weights of a checkpoint, or the pixels they were trained on, depend on: it cannot change afterwards.
 ARCHITECTURE = ("encoder", "encoder_stride", "encoded_image_size", "image_size", "emb_dim", "attention_dim",
                 "decoder_dim")
@@ -143,6 +142,7 @@ def get_config(preset=DEFAULT_PRESET, flags=None, trained=None, initial=None):
             raise UserError(f"--preset must be one of {', '.join(PRESETS)}, not {preset!r}")
         architecture = architecture_of(initial, flags) if initial else {}
         return Config(**{**PRESETS[preset], **flags, **architecture})
+    trained = {name: value for name, value in trained.items() if name not in RETIRED}
     unknown = sorted(map(str, trained.keys() - {field.name for field in dataclasses.fields(Config)}))
     if unknown:
         raise UserError(f"the checkpoint has settings that this version does not know ({', '.join(unknown)}): use the "

@@ -567,3 +567,12 @@ def leave_signals(worker):
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+def counts_of(lengths):
+    """How many tokens, captions and images there are in a batch. Args: caption_lengths (B, K).
+
+    Returns: dict: name -> int64, 0-dim, on the CPU.
+    """
+    captions = (lengths > 0).sum()
+    return dict(tokens=lengths.sum() - captions, captions=captions, images=torch.tensor(len(lengths)))

@@ -23,7 +23,8 @@ import fast
 from checkpoint import RELEASED, open_checkpoint
 from config import boolean, parse_args, positive
 from datasets import PICTURE_SUFFIXES, BadPicture, open_picture, read_image, short_names
-from models import generate, pixel_positions
+from decoding import generate
+from models import pixel_positions
 from visualize import draw_attention, html_page, page_entry
 
 COMMENT = b"attention, drawn by demo.py"  # of its figures' JPEG files, which it then does not caption

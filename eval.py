@@ -23,7 +23,8 @@ from config import boolean, parse_args, positive
 from data.sample import attention_peak_hits, coloured_things, is_true, read_scenes
 from datasets import CaptionDataset, make_loader, normalise, short_names, tokenize_references
 from fast.features import keep_features
-from models import generate, pixel_positions
+from decoding import generate
+from models import pixel_positions
 from scores import attention_course, diagnose, diagnose_words, official_scores, ptb_tokenize, scores_of_both_units
 
 
@@ -100,7 +101,7 @@ def caption_split(runs, loader, config, word_map, beam_size, positions, device):
         runs (fast.Chosen). loader (DataLoader): in order. config (Config). word_map (dict). beam_size (int).
         positions: of pixel_positions. device (torch.device).
     Returns:
-        list of dict: of all processes, by row; as models.generate gives them, with row and, in the place of alphas,
+        list of dict: of all processes, by row; as decoding.generate gives them, with row and, in the place of alphas,
         course (see attention_course) and, on the sample set, measures: whether the caption is true; words that
         attention hit, words that name a thing, hits expected by chance; of words that tell its colour those that
         attention hit, and all.

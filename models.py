@@ -23,8 +23,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbones import RESNETS, load_resnet, measure_offset, timm_network
-from datasets import END, PAD, START, UNK, decode_caption, word_list
-from utils import to_device
 
 
 class Encoder(nn.Module):
@@ -136,16 +134,15 @@ class DecoderWithAttention(nn.Module):
     Args:
         attention_dim (int): A. embed_dim (int): E. decoder_dim (int): H. vocab_size (int): V. encoder_dim (int): D.
         dropout (float): on h before fc. encoded_image_size (int): side of the square of P pixels.
-        embedding_dropout (float): on the true words that training feeds in.
     """
 
     def __init__(self, attention_dim, embed_dim, decoder_dim, vocab_size, encoder_dim=2048, dropout=0.5,
-                 encoded_image_size=14, embedding_dropout=0.0):
+                 encoded_image_size=14):
         super().__init__()
         self.encoded_image_size = encoded_image_size
         self.attention = Attention(encoder_dim, decoder_dim, attention_dim)
         self.embedding = nn.Embedding(vocab_size, embed_dim)
-        self.embedding_dropout, self.dropout = nn.Dropout(embedding_dropout), nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.decode_step = nn.LSTMCell(embed_dim + encoder_dim, decoder_dim)
         self.init_h = nn.Linear(encoder_dim, decoder_dim)
         self.init_c = nn.Linear(encoder_dim, decoder_dim)
@@ -196,7 +193,7 @@ class DecoderWithAttention(nn.Module):
         """
         B, K, T = captions[:, :, 1:].shape
         features, h, c = self.start(grid, K)
-        words = self.embedding_dropout(self.embedding(captions[:, :, :-1]))  # (B, K, T, E)
+        words = self.embedding(captions[:, :, :-1])  # (B, K, T, E)
         states, alphas = [], []
         for t in range(T):
             h, c, alpha = self.step(features, words[:, :, t], h, c)
@@ -221,57 +218,16 @@ def caption_loss(scores, targets, alphas, caption_lengths, config):
 
     Args:
         scores, targets, alphas: as DecoderWithAttention.forward gives them. caption_lengths: (B, K).
-        config (Config): alpha_c, lambda of Eq. 14; label_smoothing (Szegedy et al. 2016, arXiv 1512.00567, section 7).
+        config (Config): alpha_c, lambda of Eq. 14.
     Returns:
         dict: name -> Term. The loss is the sum of weight * sum / number of what it is a mean over.
     """
     has_caption = (caption_lengths > 0).to(alphas.device)  # (B, K)
     coverage = ((1 - alphas.sum(dim=2)) ** 2).mean(dim=2)  # (B, K); over the pixels, so that P does not weigh in
-    smoothing, smooth = config.label_smoothing, {}
-    if smoothing:  # the cross entropy with a target that is spread evenly over all words
-        uniform = F.cross_entropy(scores, targets, reduction="sum", label_smoothing=1.0)
-        smooth = dict(uniform=Term(uniform, "tokens", smoothing))
     return dict(
-        cross_entropy=Term(F.cross_entropy(scores, targets, reduction="sum"), "tokens", 1 - smoothing),  # -log p(y | a)
-        **smooth,
+        cross_entropy=Term(F.cross_entropy(scores, targets, reduction="sum"), "tokens", 1.0),  # -log p(y | a)
         coverage=Term((coverage * has_caption).sum(), "captions", config.alpha_c),
         top5=Term(top5_hits(scores.detach(), targets), "tokens"))
-
-
-def self_critical_loss(scores, targets, caption_lengths, rewards, word_map):
-    """The policy gradient of sampled captions (Rennie et al. 2017, arXiv 1612.00563) by the terms' names.
-
-    A sample's baseline is the mean reward of the picture's other samples (Luo 2020, arXiv 2003.09971), which leaves the
-    gradient's expectation as it is and lowers its variance.
-
-    Args:
-        scores, targets: as DecoderWithAttention.forward gives them for the samples. caption_lengths: (B, K), K >= 2.
-        rewards: (B, K). word_map (dict).
-    Returns:
-        dict: see caption_loss.
-    """
-    K = rewards.shape[1]
-    advantages = (rewards - rewards.mean(dim=1, keepdim=True)) * K / (K - 1)  # minus the mean of the others
-    steps = to_device((caption_lengths - 1).flatten(), scores.device)  # a caption's tokens
-    advantages = advantages.to(scores.dtype).flatten().repeat_interleave(steps, output_size=len(targets))  # (M,)
-    log_p = log_policy(scores, never_generated(word_map, scores.device)).gather(1, targets[:, None]).squeeze(1)
-    return dict(
-        policy_gradient=Term(-(advantages * log_p).sum(), "tokens", 1.0),
-        reward=Term(rewards.sum(), "captions"),
-        reward_spread=Term(rewards.std(dim=1).sum() * K, "captions"))  # between a picture's samples; K captions
-
-
-def log_policy(scores, never):
-    """Log-probabilities of the next word in a generated caption.
-
-    Args: scores (..., V). never: of never_generated. Returns: float32 (..., V).
-    """
-    return F.log_softmax(scores.float().index_fill(-1, never, -torch.inf), dim=-1)
-
-
-def never_generated(word_map, device):
-    """The words that no generated caption has: <pad>, <start> and <unk>. Returns: int64 (3,)."""
-    return torch.tensor([word_map[PAD], word_map[START], word_map[UNK]], device=device)
 
 
 def top5_hits(scores, targets):
@@ -282,140 +238,6 @@ def top5_hits(scores, targets):
     target = scores.gather(1, targets[:, None])
     places, equal = 5 - (scores > target).sum(dim=1), (scores == target).sum(dim=1)
     return (torch.minimum(places.clamp(min=0), equal) / equal.clamp(min=1)).sum()
-
-
-@torch.no_grad()
-def sample(decoder, grid, draws, word_map):
-    """Captions whose every word is drawn from the model's own distribution.
-
-    Args:
-        decoder (DecoderWithAttention). grid: (B, h, w, D). word_map (dict).
-        draws: float32 (B, K, T), uniform in [0, 1): what draws the words of K captions per picture, of T steps at most.
-    Returns:
-        captions int64 (B, K, T' + 1), <start> first, <pad> after <end>; caption_lengths int64 (B, K), <start> and <end>
-        counted.
-    """
-    features, h, c = decoder.start(grid, draws.shape[1])
-    never = never_generated(word_map, grid.device)
-    captions = [torch.full(draws.shape[:2], word_map[START], device=grid.device)]
-    active = torch.ones_like(captions[0], dtype=torch.bool)
-    for draw in draws.unbind(dim=2):
-        h, c, _ = decoder.step(features, decoder.embedding(captions[-1]), h, c)
-        cumulative = log_policy(decoder.fc(h), never).exp().cumsum(dim=2)
-        # The first word whose cumulative probability exceeds the draw; the draws are smaller than 1, the sums nearly 1.
-        word = torch.searchsorted(cumulative, draw.unsqueeze(2) * cumulative[:, :, -1:], right=True).squeeze(2)
-        captions.append(word.where(active, word_map[PAD]))
-        active = active & (word != word_map[END])
-        if not active.any():
-            break
-    captions = torch.stack(captions, dim=2)
-    return captions, (captions != word_map[PAD]).sum(dim=2)
-
-
-class Captions(NamedTuple):
-    """What beam search found for B pictures."""
-
-    words: torch.Tensor  # int64 (B, T), from the first word on; <pad> after the end
-    scores: torch.Tensor  # (B,), sum of the words' log-probabilities
-    ended: torch.Tensor  # bool (B,): whether the caption reached <end>
-    alphas: torch.Tensor  # (B, T, P), the attention at each word
-
-
-@torch.no_grad()
-def beam_search(decoder, grid, beam_size, max_len, word_map, length_penalty=0.0):
-    """The most probable caption of each picture, by beam search over all pictures at once.
-
-    As in the original a beam that ends leaves the search, the others continue with one beam less, and the best that
-    ended wins: by its sum of log-probabilities, which prefers short captions, over its length to the `length_penalty`.
-    Sums only fall, so a picture is finished as soon as no active beam can become better than its best ended one. Of
-    equal scores the first counts: the lower beam, then the lower word.
-
-    Args:
-        decoder (DecoderWithAttention), in eval mode. grid: (B, h, w, D). beam_size (int): 1 is greedy.
-        max_len (int): there are T = max_len + 1 steps, so that so many words and <end> fit. word_map (dict).
-        length_penalty (float): 0, the original's, compares sums; 1 means per token. <end> counts.
-    Returns:
-        Captions
-    """
-    B, K, V, T, device = len(grid), beam_size, len(word_map), max_len + 1, grid.device
-    never = never_generated(word_map, device)
-    features, h, c = decoder.start(grid, K)
-    word = torch.full((B, K), word_map[START], device=device)
-    score = torch.full((B, K), -torch.inf, device=device)
-    score[:, 0] = 0  # all beams begin alike, so one of them is enough
-    seats = torch.full((B,), K, device=device)  # of each picture, beams that have not ended
-    active = torch.arange(B, device=device)  # pictures that are not finished; b of them
-    P = decoder.encoded_image_size ** 2
-    words, alphas = word.new_empty(B, K, 0), score.new_empty(B, K, 0, P)  # of each beam so far, (b, K, t, ...)
-    best, sums = score.new_full((2, B), -torch.inf)  # of each picture's best caption: what it is ranked by, its sum
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
-    out, out_alphas = word.new_full((B, T), word_map[PAD]), score.new_zeros(B, T, P)
-
-    for t in range(T):
-        h, c, alpha = decoder.step(features, decoder.embedding(word), h, c)
-        # Normalised over all words, as the original's scores are, also those that are never generated.
-        log_p = F.log_softmax(decoder.fc(h).float(), dim=2).index_fill(2, never, -torch.inf)  # (b, K, V)
-        score, index = first_largest((score.unsqueeze(2) + log_p).flatten(1), K)  # (b, K)
-        rows, parent, word = torch.arange(len(h), device=device).unsqueeze(1), index // V, index % V
-        h, c = h[rows, parent], c[rows, parent]
-        words = torch.cat([words[rows, parent], word.unsqueeze(2)], dim=2)
-        alphas = torch.cat([alphas, alpha.unsqueeze(2)], dim=2)[rows, parent]  # a word's attention is its parent's
-
-        is_beam = torch.arange(K, device=device) < seats.unsqueeze(1)
-        ends = is_beam & (word == word_map[END]) & score.isfinite()
-        open_score = score.masked_fill(ends | ~is_beam, -torch.inf)
-        # The best that has ended; at the last step, of a picture without any, the best that has not.
-        candidates = score.masked_fill(~ends, -torch.inf)
-        if t == T - 1:
-            candidates = torch.where((ended[active] | ends.any(dim=1)).unsqueeze(1), candidates, open_score)
-        top, which = (candidates / (t + 1) ** length_penalty).max(dim=1)
-        better = top > best[active]
-        now, which = active[better], which[better]
-        best[now], sums[now], ended[now] = top[better], candidates[better, which], ends[better, which]
-        out[now, :t + 1], out_alphas[now, :t + 1] = words[better, which], alphas[better, which]
-
-        score, seats = open_score, seats - ends.sum(dim=1)
-        # At best an open beam keeps its sum, and is T words long in the end.
-        searched = (score.max(dim=1).values / T ** length_penalty > best[active]) & (seats > 0)
-        if not searched.any():
-            break
-        if not searched.all():
-            features = [x[searched] for x in features]
-            active, seats, h, c, word, score, words, alphas = (
-                x[searched] for x in (active, seats, h, c, word, score, words, alphas))
-    return Captions(out, sums, ended, out_alphas)
-
-
-def first_largest(values, k):
-    """The k largest of each row, largest first; of equal ones the first. torch.topk promises no order among equals.
-
-    Args: values (n, m), k <= m. Returns: values (n, k), indices (n, k).
-    """
-    top, index = values.topk(min(k + 1, values.shape[1]), dim=1)
-    if (top[:, 1:] == top[:, :-1]).any():
-        top, index = values.sort(dim=1, descending=True, stable=True)
-    return top[:, :k], index[:, :k]
-
-
-def generate(decoder, grid, word_map, max_len, beam_size, length_penalty=0.0):
-    """Caption a batch of pictures.
-
-    Args:
-        decoder (DecoderWithAttention), in eval mode. grid: (B, h, w, D). word_map (dict). max_len, beam_size (int).
-        length_penalty (float): see beam_search.
-    Returns:
-        list of dict: words (list of str), score (float: sum of log-probabilities), ended (bool), alphas (float32 array
-        (len(words), s, s): the attention at each word).
-    """
-    found = beam_search(decoder, grid, beam_size, max_len, word_map, length_penalty)
-    words_by_id = word_list(word_map)
-    captions = []
-    for ids, score, ended, alphas in zip(found.words.tolist(), found.scores.tolist(), found.ended.tolist(),
-                                         found.alphas.float().cpu()):
-        words = decode_caption(ids, words_by_id)
-        alphas = alphas[:len(words)].unflatten(1, (decoder.encoded_image_size, -1))
-        captions.append(dict(words=words, score=score, ended=ended, alphas=alphas.numpy()))
-    return captions
 
 
 def pixel_positions(encoder, image_size, encoded_image_size):
@@ -444,7 +266,7 @@ def build_models(config, vocab_size, encoder_weights=None):
     encoder = Encoder(config.encoder, encoder_weights or config.encoder_weights, config.encoder_stride,
                       config.image_size)
     decoder = DecoderWithAttention(config.attention_dim, config.emb_dim, config.decoder_dim, vocab_size, encoder.dim,
-                                   config.dropout, config.encoded_image_size, config.embedding_dropout)
+                                   config.dropout, config.encoded_image_size)
     if config.fine_tune_encoder:
         encoder.fine_tune("all" if config.encoder_weights == "none" else "top")
     return encoder, decoder

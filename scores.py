@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from utils import UserError, precise, run, to_device, write_text
+from utils import UserError, precise, run, write_text
 
 import numpy as np
 import torch
@@ -278,27 +278,6 @@ def check_submission(submission, references):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks for a collapsed model: the usual failure is the same caption for every picture, or attention that stays put
-
-
-def caption_faults(captions, word_map):
-    """What often goes wrong where captions are optimised for CIDEr.
-
-    Args:
-        captions: int64 (..., T + 1), <start> first, <pad> after <end>. word_map (dict).
-    Returns:
-        dict: name -> bool (...): unfinished (without <end>), bad_ending (its last word is one of BAD_ENDINGS),
-        repetition (it has some word twice).
-    """
-    words = captions[..., 1:].masked_fill(captions[..., 1:] == word_map[END], 0)
-    place = torch.arange(1, words.shape[-1] + 1, device=words.device)
-    last = (words * (place == (words != 0).sum(dim=-1, keepdim=True))).sum(dim=-1)
-    bad = torch.tensor([word_map[word] for word in BAD_ENDINGS if word in word_map], dtype=torch.int64)
-    bad = to_device(bad, words.device)
-    earlier = (words.unsqueeze(-1) == words.unsqueeze(-2)).tril(-1) & (words != 0).unsqueeze(-1)
-    return dict(
-        unfinished=(captions != word_map[END]).all(dim=-1),
-        bad_ending=torch.isin(last, bad),
-        repetition=earlier.flatten(-2).any(dim=-1))
 
 
 def attention_course(alphas, positions):

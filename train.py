@@ -46,11 +46,14 @@ import fast
 from checkpoint import (BEST_CHECKPOINT, CHECKPOINT, CROSS_ENTROPY_CHECKPOINT, load_checkpoint,
                         load_initial_models, load_models, load_optimizer, save_checkpoint)
 from config import CHECKPOINT_VERSION, get_config, parse_args
-from datasets import STOPPING, CaptionDataset, largest_batch_size, load_word_map, make_loader, tokenize_references
+from datasets import (STOPPING, CaptionDataset, counts_of, largest_batch_size, load_word_map, make_loader,
+                      tokenize_references)
 from fast.features import keep_features
-from models import Term, build_models, caption_loss, generate, pixel_positions, sample, self_critical_loss
+from decoding import generate
+from models import Term, build_models, caption_loss, pixel_positions
 from runlog import RunLog, command_line, git_revision, new_run
-from scores import CiderD, caption_faults, score
+from scores import score
+from self_critical import SelfCritical
 
 PICTURES_SHOWN = 4  # validation pictures drawn in TensorBoard after every epoch
 
@@ -445,76 +448,8 @@ class Sums:
 
 def teacher_forced(encoder, decoder, images, captions, lengths, config, step):
     """The loss of the true captions. Returns: see SelfCritical."""
-    terms = caption_loss(*decoder(see(encoder, images, config), captions, lengths), lengths, config)
+    terms = caption_loss(*decoder(encoder(images), captions, lengths), lengths, config)
     return terms, counts_of(lengths), {}
-
-
-def see(encoder, images, config):
-    """What the decoder is trained on: the encoder's grids, with --mirror a random half of them mirrored.
-
-    Returns: (B, h, w, D).
-    """
-    grid = encoder(images)
-    if config.mirror:  # of the grid, as kept features have no picture: nearly what the mirrored one would give
-        is_mirrored = torch.rand(len(grid), device=grid.device) < 0.5
-        grid = torch.where(is_mirrored[:, None, None, None], grid.flip(2), grid)
-    return grid
-
-
-class SelfCritical:
-    """The loss of captions that the model draws itself, rewarded by their CIDEr-D (see self_critical_loss).
-
-    Drawn and scored without dropout, as the captions that it is judged by.
-
-    Args:
-        decoder (nn.Module): draws; not wrapped. dataset (CaptionDataset): of training, whose captions give the document
-        frequencies. config (Config). word_map (dict). device (torch.device). rank, world_size (int).
-    """
-
-    def __init__(self, decoder, dataset, config, word_map, device, rank=0, world_size=1):
-        self.decoder, self.word_map, self.share = decoder, word_map, slice(rank, None, world_size)
-        lengths = dataset.caption_lengths
-        references = dataset.captions[(lengths > 0).any(dim=1), :, 1:int(lengths.max())]
-        self.cider = CiderD(references.to(device), len(word_map))
-
-    def __call__(self, encoder, decoder, images, captions, lengths, config, step):
-        """
-        Args:
-            encoder, decoder (nn.Module): as train_one_epoch has them. images, captions, lengths: a batch; the captions
-            are the references. config (Config). step (int): of the run.
-        Returns:
-            dict: the terms of the loss. dict: what they are means over -> its number. dict: seconds, by what took them.
-        """
-        grid = see(encoder, images, config)
-        clock = time.perf_counter()
-        draws = to_device(draws_of_step(config, step)[self.share][:len(images)], grid.device)
-        samples, sample_lengths = sample(self.decoder, grid.detach(), draws, self.word_map)
-        torch.clear_autocast_cache()  # of weights cast without gradients
-        drawn = time.perf_counter()
-        rewards = self.cider(samples[:, :, 1:], captions[:, :, 1:])
-        faults = caption_faults(samples, self.word_map)
-        sample_lengths = sample_lengths.cpu()  # waits for a GPU
-        scored = time.perf_counter()
-        scores, targets, _ = decoder(grid, samples, sample_lengths)
-        terms = self_critical_loss(scores, targets, sample_lengths, rewards, self.word_map)
-        terms |= {f"sample_{name}": Term(number.sum(), "captions")
-                  for name, number in dict(length=sample_lengths - 1, **faults).items()}
-        counts = counts_of(sample_lengths)
-        if config.self_critical_xe:
-            true = caption_loss(*decoder(grid, captions, lengths), lengths, config)
-            terms |= {name: term._replace(per=f"true_{term.per}", weight=config.self_critical_xe * term.weight)
-                      for name, term in true.items()}
-            counts |= {f"true_{name}": number for name, number in counts_of(lengths).items()}
-        return terms, counts, dict(sampling=drawn - clock, reward=scored - drawn)
-
-
-def draws_of_step(config, step):
-    """Random numbers for models.sample; those of a picture do not depend on how many processes share the batch.
-
-    Returns: float32 (batch_size, samples, max_len + 1).
-    """
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    return torch.rand(config.batch_size, config.samples, config.max_len + 1, generator=generator)
 
 
 class Averages:
@@ -692,15 +627,6 @@ def validate(encoder, decoder, loader, config, word_map, pause):
     sums = {name: sum(part[name] for part, _ in parts) for name in parts[0][0]}
     found = means(sums, parts[0][1], time.perf_counter() - started)
     return found, sorted(gather_lists(generated), key=lambda caption: caption["row"])
-
-
-def counts_of(lengths):
-    """How many tokens, captions and images there are in a batch. Args: caption_lengths (B, K).
-
-    Returns: dict: name -> int64, 0-dim, on the CPU.
-    """
-    captions = (lengths > 0).sum()
-    return dict(tokens=lengths.sum() - captions, captions=captions, images=torch.tensor(len(lengths)))
 
 
 def means(sums, terms, seconds):

@@ -150,7 +150,7 @@ def page_entry(name, picture, caption):
     """The page's data of one picture.
 
     Args:
-        name (str): of its file. picture (PIL.Image): RGB. caption (dict): of models.generate.
+        name (str): of its file. picture (PIL.Image): RGB. caption (dict): of decoding.generate.
     Returns:
         dict for JSON: name, words, small (per word: whether it says nothing by itself), score (str), ended; size
         (width, height in pixels) and jpeg (base64) of the picture, at most 640 pixels per side; alphas (list of base64,

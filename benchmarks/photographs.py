@@ -40,7 +40,7 @@ from data import flickr8k_cn  # noqa: E402
 from datasets import START, CaptionDataset, kind_of, make_loader  # noqa: E402
 from fast.decoder import pool_matrix  # noqa: E402
 from fast.features import keep_features  # noqa: E402
-from models import generate, log_policy, never_generated  # noqa: E402
+from decoding import generate, log_policy, never_generated  # noqa: E402
 from scores import attention_entropy  # noqa: E402
 from utils import UserError, run, subcommand, write_text  # noqa: E402
 

@@ -52,8 +52,10 @@ from config import Config, new_parser  # noqa: E402
 from datasets import END, PAD, START, UNK, CaptionDataset, decode_caption, make_loader, word_list  # noqa: E402
 from fast.features import KeptFeatures  # noqa: E402
 from fast.graphs import Recorded  # noqa: E402
-from models import DecoderWithAttention, Encoder, beam_search, caption_loss  # noqa: E402
+from decoding import beam_search  # noqa: E402
+from models import DecoderWithAttention, Encoder, caption_loss  # noqa: E402
 from scores import score  # noqa: E402
+from self_critical import SelfCritical, draws_of_step  # noqa: E402
 from train import (Averages, Progress, Sums, counts_of, make_optimizers, make_scaler, mixed_precision, parameters,  # noqa: E402
                    prepare, teacher_forced, train_one_epoch, validate)
 from utils import UserError, get_device, keep_freed_memory, run  # noqa: E402
@@ -222,7 +224,7 @@ def self_critical_case(side, device):
     features = make_features(pictures, device)
     if side == "reference":
         optimizers = {"decoder": torch.optim.Adam(decoder.parameters(), lr=config.self_critical_lr)}
-        draws = train.draws_of_step(config, 0).to(device)[:pictures]
+        draws = draws_of_step(config, 0).to(device)[:pictures]
 
         def loss_of_batch():
             grid, samples = pool(features.float()), []
@@ -234,7 +236,7 @@ def self_critical_case(side, device):
         optimizers = make_optimizers(config, encoder, decoder)
         runs = prepare(encoder, decoder, config, device, (), 0, 1)
         dataset = SimpleNamespace(captions=captions.cpu(), caption_lengths=lengths)
-        objective = train.SelfCritical(runs.decoder, dataset, config, word_map, device)
+        objective = SelfCritical(runs.decoder, dataset, config, word_map, device)
 
         def loss_of_batch():
             terms, counts, _ = objective(KeptFeatures(None), runs.decoder.eval(), features, captions, None, config, 0)

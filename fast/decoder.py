@@ -165,7 +165,7 @@ class FastDecoder(nn.Module):
         T, lengths = captions.shape[2] - 1, (caption_lengths - 1).clamp(min=0)
         token = (torch.arange(T) < lengths.unsqueeze(2)).flatten().nonzero().squeeze(1)  # (M,), which of the (B, K, T)
         token = to_device(token, grid.device)
-        words = self.decoder.embedding_dropout(self.embedding(captions[:, :, :-1]))
+        words = self.embedding(captions[:, :, :-1])
         if self.is_fused(grid):
             states, alphas = self.fused_time_loop(grid, words, lengths, token)
         else:

@@ -14,7 +14,8 @@ import fast.decoder
 from config import Config
 from fast.decoder import FastDecoder, energy
 from fast.encoder import FoldedEncoder, Replayed
-from models import Attention, DecoderWithAttention, Encoder, beam_search
+from decoding import beam_search
+from models import Attention, DecoderWithAttention, Encoder
 
 pytestmark = pytest.mark.paper
 kernels = fast.decoder.kernels

@@ -26,7 +26,7 @@ import train
 from checkpoint import load_checkpoint, load_models
 from config import Config
 from datasets import END, PAD, START, UNK, load_word_map, read_image
-from models import generate
+from decoding import generate
 from utils import UserError
 
 spec = importlib.util.spec_from_file_location("import_original", ROOT / "models" / "import_original.py")

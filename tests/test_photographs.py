@@ -7,7 +7,8 @@ from conftest import call
 
 from benchmarks import photographs
 from datasets import START
-from models import DecoderWithAttention, generate, log_policy, never_generated
+from decoding import generate, log_policy, never_generated
+from models import DecoderWithAttention
 
 WORD_MAP = {word: i for i, word in enumerate(["<pad>", *"甲乙丙丁戊己", "<unk>", "<start>", "<end>"])}
 

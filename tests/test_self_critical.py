@@ -15,12 +15,15 @@ from test_resume import (KILLS, assert_near, assert_same, flags, interrupt, outc
 from test_scripts import fails
 from test_train import epoch_of
 
+import self_critical
 import train
 from checkpoint import BEST_CHECKPOINT, CHECKPOINT, CROSS_ENTROPY_CHECKPOINT, load_checkpoint, save_checkpoint
 from datasets import END, PAD, START, UNK, load_word_map
 from fast.decoder import FastDecoder
-from models import DecoderWithAttention, log_policy, never_generated, sample, self_critical_loss
-from scores import CiderD, caption_faults, cider, numbered
+from decoding import log_policy, never_generated, sample
+from models import DecoderWithAttention
+from scores import CiderD, cider, numbered
+from self_critical import caption_faults, self_critical_loss
 
 CPU = torch.device("cpu")
 WORD_MAP = {word: number for number, word in enumerate([PAD, "a", "b", "c", UNK, START, END])}
@@ -157,7 +160,7 @@ def test_no_parameter_loses_its_gradient_to_the_samples_in_bfloat16(tiny_flags):
     for precision in ("float32", "bfloat16"):
         encoder, decoder, _, _, _, _, loader, config, *_ = epoch_of(
             [*tiny_flags, "--self_critical", "true", "--precision", precision, "--fine_tune_encoder", "true"])
-        objective = train.SelfCritical(decoder, loader.dataset, config, load_word_map(config.data_dir), CPU)
+        objective = self_critical.SelfCritical(decoder, loader.dataset, config, load_word_map(config.data_dir), CPU)
         images, captions, lengths, _ = next(iter(loader))
         with train.mixed_precision(config, CPU):
             terms, _, _ = objective(encoder, decoder.eval(), images, captions, lengths, config, 0)
@@ -230,13 +233,13 @@ def test_the_second_phase_begins_from_the_best_checkpoint_and_says_so(first, sec
 
 def test_the_second_phase_resumes_in_mid_epoch(first, second, tiny_flags, tmp_path, monkeypatch):
     begin_from(first, tmp_path)
-    loss, steps = train.self_critical_loss, itertools.count(1)
+    loss, steps = self_critical.self_critical_loss, itertools.count(1)
 
     def loss_and_signal(*args):
         if next(steps) in (2, 4):
             signal.raise_signal(signal.SIGTERM)
         return loss(*args)
-    monkeypatch.setattr(train, "self_critical_loss", loss_and_signal)
+    monkeypatch.setattr(self_critical, "self_critical_loss", loss_and_signal)
     for code in (128 + signal.SIGTERM, 128 + signal.SIGTERM, 0):
         assert call(train.main, *second_flags(tiny_flags, tmp_path)).code == code
     assert_same(outcome(tmp_path), outcome(second[0]))

@@ -419,15 +419,6 @@ def test_memory_that_runs_out_is_one_line():
     assert re.fullmatch("error: out of memory.*--batch_size.*2.00 GiB and more\n", call(main, check=2).err)
 
 
-def test_about_half_of_the_grids_are_mirrored():
-    grid = torch.rand(200, 2, 3, 4)
-    assert train.see(lambda given: given, grid, Config()) is grid
-    torch.manual_seed(0)
-    seen = train.see(lambda given: given, grid, Config(mirror=True))
-    as_it_is, mirrored = ((seen == other).flatten(1).all(dim=1) for other in (grid, grid.flip(2)))
-    assert (as_it_is | mirrored).all() and 70 < mirrored.sum() < 130
-
-
 def test_averages_of_the_weights():
     torch.manual_seed(0)
     layer = torch.nn.Linear(3, 2)
