@@ -24,7 +24,8 @@ import torch
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils import UserError, reason_of
+from config import Config
+from utils import UserError, rank, reason_of, world_size
 
 with warnings.catch_warnings():  # jieba's own use of setuptools is deprecated
     warnings.simplefilter("ignore")
@@ -450,6 +451,13 @@ def tokenize_references(dataset):
     return [list(filter(None, map(tokenize, captions))) for captions in dataset.raw_captions]
 
 
+def counts_of(lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How many tokens, captions and images a batch has, by caption_lengths (B, K): int64, 0-dim, on the CPU."""
+    captions = (lengths > 0).sum()
+    tokens = lengths.sum() - captions  # <start> is given, not predicted
+    return dict(tokens=tokens, captions=captions, images=torch.tensor(len(lengths)))
+
+
 class BatchSampler(Sampler):
     """Row numbers of one epoch in global batches, of which each process takes its share.
 
@@ -457,19 +465,26 @@ class BatchSampler(Sampler):
     the number of processes; a resumed epoch skips its `first` batches. Evaluation reads every row once, in order.
 
     Args:
-        n (int): rows. batch_size (int): pictures in a global batch. shuffle (bool): training.
-        seed, rank, world_size (int).
+        n: rows.
+        batch_size: pictures in a global batch.
     """
 
-    def __init__(self, n, batch_size, shuffle, seed=0, rank=0, world_size=1):
-        self.n, self.batch_size, self.shuffle, self.seed = n, max(min(batch_size, n), 1), shuffle, seed
-        self.rank, self.world_size, self.epoch, self.first = rank, world_size, 0, 0
-        if shuffle and self.batch_size < world_size:
-            raise UserError(f"a batch of {self.batch_size} pictures cannot be shared by {world_size} processes")
+    def __init__(self, n: int, batch_size: int, training: bool, seed: int = 0):
+        self.n = n
+        self.batch_size = max(min(batch_size, n), 1)
+        self.training = training
+        self.seed = seed
+        self.rank = rank()
+        self.world_size = world_size()
+        self.epoch = 0
+        self.first = 0
+        if training and self.batch_size < self.world_size:
+            raise UserError(f"a batch of {self.batch_size} pictures cannot be shared by "
+                            f"{self.world_size} processes")
 
     def starts(self):
         """Where this process's batches begin. Returns: range."""
-        if self.shuffle:
+        if self.training:
             return range(0, self.n - self.batch_size + 1, self.batch_size)
         return range(self.rank * self.batch_size, self.n, self.world_size * self.batch_size)
 
@@ -478,14 +493,14 @@ class BatchSampler(Sampler):
 
     def rounds(self):
         """How many batches a process has at most; in evaluation some have one less. Returns: int."""
-        return len(self) if self.shuffle else -(-self.n // (self.world_size * self.batch_size))
+        return len(self) if self.training else -(-self.n // (self.world_size * self.batch_size))
 
     def share(self):
         """Pictures in a process's batch, at most. Returns: int."""
-        return -(-self.batch_size // self.world_size) if self.shuffle else self.batch_size
+        return -(-self.batch_size // self.world_size) if self.training else self.batch_size
 
     def __iter__(self):
-        if self.shuffle:
+        if self.training:
             order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch))
             for start in self.starts()[self.first:]:
                 yield order[start:start + self.batch_size][self.rank::self.world_size].tolist()
@@ -499,17 +514,14 @@ def largest_batch_size(n):
     return max(n // MIN_STEPS, 1)
 
 
-def make_loader(dataset, config, shuffle, rank=0, world_size=1):
+def make_loader(dataset: CaptionDataset, config: Config, training: bool) -> DataLoader:
     """Batches of one split, read by `config.workers` processes, at most one per CPU core.
 
-    Args:
-        dataset (CaptionDataset), config (Config), shuffle (bool): training; rank, world_size (int).
-    Returns:
-        DataLoader of what CaptionDataset gives; `sampler.epoch` chooses the permutation, `sampler.first` the batch to
-        begin with.
+    They are what CaptionDataset gives; `sampler.epoch` chooses the permutation, `sampler.first` the
+    batch to begin with.
     """
     workers = min(config.workers, os.cpu_count())
-    sampler = BatchSampler(len(dataset), config.batch_size, shuffle, config.seed, rank, world_size)
+    sampler = BatchSampler(len(dataset), config.batch_size, training, config.seed)
     return Loader(dataset, sampler=sampler, batch_size=None, num_workers=workers,
                   pin_memory=config.device != "cpu" and torch.cuda.is_available(),
                   persistent_workers=workers > 0, worker_init_fn=leave_signals)
@@ -567,12 +579,3 @@ def leave_signals(worker):
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-
-
-def counts_of(lengths):
-    """How many tokens, captions and images there are in a batch. Args: caption_lengths (B, K).
-
-    Returns: dict: name -> int64, 0-dim, on the CPU.
-    """
-    captions = (lengths > 0).sum()
-    return dict(tokens=lengths.sum() - captions, captions=captions, images=torch.tensor(len(lengths)))

@@ -47,9 +47,10 @@ def main():
         if not os.access(folder, os.W_OK):
             raise UserError(f"{folder} cannot be written to: name another --results or --write_submission")
     dataset = CaptionDataset(config, args.split)  # only pictures and raw captions: it may have another word map
-    rank, world_size, store = meet_processes()
-    init_distributed(device, rank, world_size, store)
-    loader = make_loader(dataset, config, False, rank, world_size)
+    meeting = meet_processes()
+    rank, world_size = meeting.rank, meeting.world_size
+    init_distributed(device, meeting)
+    loader = make_loader(dataset, config, training=False)
     runs = fast.choose(encoder, decoder, config)
     if rank == 0:
         print(runs.summary())

@@ -20,6 +20,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 
 def leave_quietly(kind, error, trace, otherwise=sys.excepthook):
@@ -300,26 +301,31 @@ def end_with_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
-def meet_processes():
+class Meeting(NamedTuple):
+    """The processes of a run before they are a group; afterwards rank() and world_size() say it."""
+
+    rank: int
+    world_size: int
+    store: dist.PrefixStore  # of this start, within the job's own, which torchrun keeps across restarts
+
+
+def meet_processes() -> Meeting:
     """Meet the other processes where torchrun, or a scheduler that sets the same variables, started this one.
 
-    Returns:
-        rank (int), world_size (int)
-        PrefixStore: of this start, within the job's own store, which torchrun keeps across restarts.
     Raises:
         UserError: the environment variables are incomplete; some processes did not come in time.
     """
     given = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     missing = [name for name, value in given.items() if not (value if name == "MASTER_ADDR" else value.isdecimal())]
     if missing and given["WORLD_SIZE"] in ("", "1"):  # some schedulers set it, and nothing else, for every job
-        return 0, 1, own_part(dist.HashStore(), 0, 1)
+        return Meeting(0, 1, own_part(dist.HashStore(), 0, 1))
     if missing:
         raise UserError(f"WORLD_SIZE={given['WORLD_SIZE']} asks for several processes, which cannot meet without a "
                         f"proper {' and '.join(missing)}: start them with torchrun, or unset WORLD_SIZE to run one "
                         f"alone")
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
-        return rank, world_size, own_part(store, rank, world_size)
+        return Meeting(rank, world_size, own_part(store, rank, world_size))
     except dist.DistError as error:
         raise UserError(f"timed out: not all of WORLD_SIZE={given['WORLD_SIZE']} processes came to "
                         f"{given['MASTER_ADDR']}:{given['MASTER_PORT']} within {START_TIMEOUT} ({str(error)[:300]})"
@@ -353,41 +359,56 @@ def own_part(store, rank, world_size):
     return dist.PrefixStore(f"start {start}", store)
 
 
-def resumes(path, told, rank, store):
+def resumes(path: Path, told: bool, meeting: Meeting) -> bool:
     """Whether a run resumes from the checkpoint at `path`: told to, or restarted within the job that began it.
 
     torchrun --max_restarts repeats the command as it was given, even a refused one, and its count of restarts is not
     raised on a node whose own process survived. So the job's store records which run the job has begun.
 
+    All processes get rank 0's answer.
+
     Args:
-        path (Path). told (bool): --resume was given. rank (int), store (PrefixStore): of meet_processes.
-    Returns:
-        bool: rank 0's answer, in all processes.
+        told: --resume was given.
     Raises:
         UserError: there is a checkpoint that this job has not written.
     """
-    if rank == 0:
-        job, own, is_there = store.underlying_store, f"run in {path!r}", path.exists()
+    store = meeting.store
+    if meeting.rank == 0:
+        job = store.underlying_store
+        own_run = f"run in {path!r}"
+        is_there = path.exists()
         if told or not is_there:
-            job.set(own, "")
-        store.set("course", ("resume" if told or is_there else "begin") if job.check([own]) else "refuse")
+            job.set(own_run, "")
+        if not job.check([own_run]):
+            store.set("course", "refuse")
+        elif told or is_there:
+            store.set("course", "resume")
+        else:
+            store.set("course", "begin")
     course = store.get("course")
     if course == b"refuse":
         raise UserError(f"{path} exists: continue with --resume, or choose another --model_dir")
     return course == b"resume"
 
 
-def init_distributed(device, rank, world_size, store):
-    """Form the process group. Args: device (torch.device), and what meet_processes returned."""
-    if world_size > 1:
+def init_distributed(device: torch.device, meeting: Meeting) -> None:
+    """Form the process group of several processes."""
+    if meeting.world_size > 1:
         # gloo for tensors on the CPU: agreeing on something then does not synchronise a GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world_size)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, **meeting._asdict())
 
 
-def is_first_process():
-    """Whether this is rank 0, or the only process."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first_process() -> bool:
+    return rank() == 0
 
 
 def sum_over_processes(tensor):
