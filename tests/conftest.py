@@ -1,72 +1,23 @@
-"""What tests share: the scripts as a user runs them, and one tiny data set that they have made."""
-import collections
-import contextlib
-import io
+"""Fixtures: one tiny data set, runs on it, and a small decoder."""
+import itertools
 import os
+import shutil
 import signal
 import subprocess
-import sys
-from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: the kernels then run on a CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels then run on a CPU
 
 import pre_process  # noqa: E402
-import utils  # noqa: E402
+import train  # noqa: E402
+from common import WORD_MAP, A, B, D, E, H, K, SIDE, T, call, folders  # noqa: E402
 from data import sample  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
-Result = collections.namedtuple("Result", "code out err")
-
-
-def call(main, *flags):
-    """Run a script's main() in this process, as run() ends it. Returns: Result."""
-    out, err = io.StringIO(), io.StringIO()
-    with mock.patch("sys.argv", ["script", *map(str, flags)]), contextlib.redirect_stdout(out), \
-            contextlib.redirect_stderr(err):
-        try:
-            utils.run(main)
-            code = 0
-        except SystemExit as exit:
-            code = exit.code
-    return Result(code, out.getvalue(), err.getvalue())
-
-
-def script(*args, check=None, cwd=ROOT, **keywords):
-    """Run a script of this repo as a user does; takes about four seconds, `call` does not.
-
-    Args:
-        args: the script's path within the repo, then its flags. check (int): the exit code to insist on.
-        cwd (Path). keywords: of subprocess.run.
-    Returns:
-        CompletedProcess: returncode, stdout and stderr (str).
-    """
-    command = [sys.executable, str(ROOT / args[0]), *map(str, args[1:])]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=300, **keywords)
-    if check is not None:
-        assert done.returncode == check, f"{command} gave {done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}"
-    return done
-
-
-def error_line(stderr):
-    """The one line that a user's mistake comes to: the last one; fails where there is none, or a traceback."""
-    assert "Traceback" not in stderr, stderr[-4000:]
-    lines = stderr.splitlines()
-    assert lines and lines[-1].startswith("error: "), stderr[-4000:]
-    assert sum("error: " in line for line in lines) == 1, stderr[-4000:]
-    return lines[-1]
-
-
-def files_under(folder):
-    """Everything below a folder but locks, with its content. Returns: dict, relative path -> bytes, None for a folder.
-    """
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-            for path in sorted(Path(folder).rglob("*")) if path.suffix != ".lock"}
-
+from datasets import END, PAD, START  # noqa: E402
+from models import DecoderWithAttention  # noqa: E402
 
 SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -93,8 +44,7 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "data"
     for main, *flags in ((sample.main, "--out", folder, "--train", 12, "--valid", 4, "--test", 4, "--size", 64),
                          (pre_process.main, *_tiny_flags(folder))):
-        result = call(main, *flags)
-        assert result.code == 0, result
+        call(main, *flags)
     return folder
 
 
@@ -114,3 +64,61 @@ def _tiny_flags(folder):
                     encoded_image_size=4, emb_dim=16, attention_dim=16, decoder_dim=16, batch_size=4, epochs=2,
                     workers=0, device="cpu")
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def run(tiny_flags, tmp_path, monkeypatch):
+    """A function that runs train.py with these flags more, into tmp_path. Returns: what it printed (str)."""
+    def call_train(*flags, check=0):
+        done = call(train.main, *tiny_flags, *folders(tmp_path), *flags, check=check)
+        return done.out + done.err
+    monkeypatch.setattr("runlog.draw_attention", lambda *_: Figure((1, 1)))  # most of the time
+    return call_train
+
+
+@pytest.fixture(scope="module")
+def small_figures():
+    """Figures take most of the time of the runs in this process, and nobody looks at them here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runlog.draw_attention", lambda *_: Figure((1, 1)))
+        yield
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one MiB; skipped where this process may not mount one."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=1M", "none", str(tmp_path)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.fixture
+def decoder():
+    torch.manual_seed(0)
+    model = DecoderWithAttention(A, E, H, len(WORD_MAP), D, dropout=0.0, encoded_image_size=SIDE)
+    for parameter in model.parameters():  # the initial weights are so small that every word is equally likely
+        parameter.data.normal_(0, 0.4)
+    # Captions of many lengths: at some states the end is near certain, at most it is unlikely.
+    model.fc.weight.data[WORD_MAP[END]] *= 6
+    model.fc.bias.data[WORD_MAP[END]] -= 3
+    return model.eval()
+
+
+@pytest.fixture
+def batch():
+    """Pictures with five, three and no captions, of all lengths from <start> <end> on."""
+    generator = torch.Generator().manual_seed(1)
+    grid = torch.randn(B, 4, 4, D, generator=generator)
+    captions = torch.randint(1, 37, (B, K, T + 1), generator=generator)
+    lengths = torch.randint(3, T + 2, (B, K), generator=generator)
+    lengths[0, 0], lengths[0, 1], lengths[1, 3:], lengths[2] = 2, T + 1, 0, 0
+    captions[:, :, 0] = WORD_MAP[START]
+    for i, j in itertools.product(range(B), range(K)):
+        if lengths[i, j]:
+            captions[i, j, lengths[i, j] - 1:] = WORD_MAP[PAD]
+            captions[i, j, lengths[i, j] - 1] = WORD_MAP[END]
+        else:
+            captions[i, j] = WORD_MAP[PAD]
+    return grid, captions, lengths

@@ -1,7 +1,5 @@
 """Every diff of docs/changing.md applies, takes effect, and says on the screen what the page says."""
-import contextlib
 import importlib
-import io
 import json
 import math
 import os
@@ -13,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT
+from common import ROOT, call
 from matplotlib.figure import Figure
 
 from config import Config
@@ -59,24 +57,10 @@ def edited(tmp_path, monkeypatch):
     sys.modules.update(unedited)
 
 
-def call(module, *flags):
-    """A script's main() as its run() ends it, of the code that is imported now. Returns: exit code, output, errors."""
-    main, run = importlib.import_module(module).main, importlib.import_module("utils").run
-    out, err = io.StringIO(), io.StringIO()
-    with mock.patch("sys.argv", [module, *map(str, flags)]), contextlib.redirect_stdout(out), \
-            contextlib.redirect_stderr(err):
-        try:
-            run(main)
-        except SystemExit as exit:
-            return exit.code, out.getvalue(), err.getvalue()
-    return 0, out.getvalue(), err.getvalue()
-
-
 def training(*flags):
     """Train in the current folder. Returns: str, the line of fast/; dict, the checkpoint; list of dict, log.jsonl."""
     with mock.patch("runlog.draw_attention", lambda *_: Figure()):  # most of the time
-        code, out, err = call("train", *flags, "--model_dir", "m", "--log_dir", "l")
-    assert code == 0, err[-4000:]
+        out = call(importlib.import_module("train").main, *flags, "--model_dir", "m", "--log_dir", "l").out
     line = next(line for line in out.splitlines() if line.startswith("encoder: "))
     checkpoint = torch.load("m/checkpoint.pth.tar", weights_only=True)
     folder = os.path.join("l", checkpoint["progress"]["run"])
@@ -120,9 +104,10 @@ def test_another_attention(change, edited, unedited, tiny_flags):
         assert torch.allclose(alphas.sum(dim=(1, 2)), torch.ones(len(alphas)))
 
     torch.save(unedited[0], "older.pth.tar")
-    code, _, err = call("demo", "--checkpoint", "older.pth.tar", "--image", "images/sample/image_0.jpg")
+    done = call(importlib.import_module("demo").main, "--checkpoint", "older.pth.tar", "--image",
+                "images/sample/image_0.jpg", check=2)
     message = "are of another architecture than its settings"
-    assert code == 2 and message in err and message in PAGE
+    assert message in done.err and message in PAGE
 
 
 def test_another_backbone(edited, tiny_flags):
@@ -141,9 +126,8 @@ def test_another_backbone(edited, tiny_flags):
     trained = [all(p.requires_grad for p in stage.parameters()) for stage in encoder.resnet]
     assert trained == [False, False, True, True, True]
     assert encoder.offset == 0, "padded on both sides alike"
-    code, out, err = call("demo", "--checkpoint", "m/BEST_checkpoint.pth.tar", "--image", "images/sample/image_0.jpg",
-                          "--out", "drawn", "--html", "drawn/index.html")
-    assert code == 0, err[-4000:]
+    out = call(importlib.import_module("demo").main, "--checkpoint", "m/BEST_checkpoint.pth.tar", "--image",
+               "images/sample/image_0.jpg", "--out", "drawn", "--html", "drawn/index.html").out
     assert LINES["backbone"] in out.splitlines() and (tree / "drawn" / "out_0.jpg").exists()
 
 

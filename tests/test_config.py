@@ -5,7 +5,7 @@ import math
 import re
 
 import pytest
-from conftest import error_line
+from common import error_line
 
 from config import ARCHITECTURE, PRESETS, Config, UserError, get_config, parse_args
 from utils import run

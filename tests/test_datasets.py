@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, files_under
+from common import ROOT, files_under
 from PIL import EpsImagePlugin, Image
 from torch.utils.data._utils import signal_handling
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, files_under
+from common import ROOT, call, files_under
 from fontTools.ttLib import TTFont
 from matplotlib.figure import Figure
 from PIL import Image
@@ -323,7 +323,7 @@ def test_of_a_folder_nothing_is_left_out_without_a_word(out, checkpoint, tmp_pat
     flags = ["--checkpoint", checkpoint, "--image", tmp_path, "--out", tmp_path / out, "--beam_size", 1]
     captioned = ["a.jpg", "c.JPE", "more/a.jpg", "more/and more/a.jpg", "out_a.jpg", "out_b.jpg"]
     for figures in (0, 6):
-        done = call(demo.main, *flags)
+        done = call(demo.main, *flags, check=2)
         assert done.code == 2 and "1 of 7" in done.err and "empty.png" in done.out
         lines = [line.split("\t") for line in done.out.splitlines() if "\t" in line]
         assert [line[0] for line in lines] == [str(tmp_path / name) for name in captioned]
@@ -352,15 +352,15 @@ def test_where_nothing_was_trained_the_model_that_comes_along_captions(checkpoin
                 (demo.main, "--model_dir", "models"), (demo.main, "--checkpoint", "models/BEST_checkpoint.pth.tar")]
     for main, *flags in mistakes:
         image = ["--image", "my.png"] * (main is demo.main)
-        done = call(main, *flags, *image)
+        done = call(main, *flags, *image, check=2)
         assert done.code == 2 and "does not exist" in done.err, flags
         assert f"--checkpoint {checkpoint}" in done.err, flags
-    done = call(demo.main, "--image", "my.png", "--encoder", "resnet34")
+    done = call(demo.main, "--image", "my.png", "--encoder", "resnet34", check=2)
     assert done.code == 2 and "contradicts the checkpoint" in done.err
 
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "BEST_checkpoint_.pth.tar").touch()  # the original's
-    done = call(demo.main, "--image", "my.png")
+    done = call(demo.main, "--image", "my.png", check=2)
     assert done.code == 2 and "import_original.py" in done.err
     shutil.copy(checkpoint, tmp_path / "models" / "BEST_checkpoint.pth.tar")
     done = call(demo.main, "--image", "my.png", "--beam_size", 1)
@@ -402,7 +402,7 @@ def test_a_picture_that_cannot_be_drawn_is_left_out_and_said(what, error, checkp
         return draw(*args)
     monkeypatch.setattr(demo, what, fails_at_one)
     done = call(demo.main, "--checkpoint", checkpoint, "--image", tmp_path, "--out", tmp_path / "out", "--html",
-                tmp_path / "page.html", "--beam_size", 1)
+                tmp_path / "page.html", "--beam_size", 1, check=2)
     assert done.code == 2 and "1 of 3" in done.err and "disk" not in done.err
     reason = str(error) or type(error).__name__
     assert [line for line in done.out.splitlines() if "b.png" in line and reason in line]
@@ -415,7 +415,8 @@ def test_a_figure_that_cannot_be_written_ends_the_run(checkpoint, tmp_path):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (90, 60), "red").save(tmp_path / name)
     (tmp_path / "out" / "out_a.jpg").mkdir(parents=True)
-    done = call(demo.main, "--checkpoint", checkpoint, "--image", tmp_path, "--out", tmp_path / "out", "--beam_size", 1)
+    done = call(demo.main, "--checkpoint", checkpoint, "--image", tmp_path, "--out", tmp_path / "out", "--beam_size", 1,
+                check=2)
     assert done.code == 2 and "out_a.jpg could not be written" in done.err
     assert [*files_under(tmp_path / "out")] == ["out_a.jpg"]
 

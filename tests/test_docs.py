@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 from config import get_config
-from conftest import ROOT
+from common import ROOT
 
 PAGES = sorted(path.relative_to(ROOT) for folder in (".", "docs", "data", "models", "benchmarks")
                for path in (ROOT / folder).glob("*.md"))

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from test_models import D, WORD_MAP, batch, decoder, loss_of  # noqa: F401  (fixtures)
+from common import D, WORD_MAP, loss_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves

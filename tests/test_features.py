@@ -23,7 +23,7 @@ import scores
 import train
 from checkpoint import load_checkpoint
 from config import get_config
-from conftest import call
+from common import call
 from datasets import CaptionDataset, load_word_map, make_loader
 from fast.features import KeptFeatures, encode, keep_features
 from models import Encoder

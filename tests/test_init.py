@@ -4,8 +4,7 @@ import re
 
 import pytest
 import torch
-from test_scripts import call, fails, folders
-from test_train import last_checkpoint, read_log, run  # noqa: F401
+from common import call, fails, folders, last_checkpoint, read_log
 
 import eval
 import models

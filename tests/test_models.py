@@ -4,34 +4,14 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from common import A, D, E, H, SIDE, T, WORD_MAP, loss_of, make_word_map
 
 from benchmarks import reference
 from config import Config, UserError
 from datasets import END, PAD, START, UNK
 from backbones import load_resnet
 from decoding import beam_search, first_largest, never_generated
-from models import DecoderWithAttention, Encoder, caption_loss, pixel_positions
-
-B, K, T, D, A, E, H, SIDE = 3, 5, 9, 32, 24, 12, 16, 6
-
-
-def make_word_map(v):
-    return {word: i for i, word in enumerate([PAD, *(f"w{i}" for i in range(v - 4)), UNK, START, END])}
-
-
-WORD_MAP = make_word_map(40)
-
-
-@pytest.fixture
-def decoder():
-    torch.manual_seed(0)
-    model = DecoderWithAttention(A, E, H, len(WORD_MAP), D, dropout=0.0, encoded_image_size=SIDE)
-    for parameter in model.parameters():  # the initial weights are so small that every word is equally likely
-        parameter.data.normal_(0, 0.4)
-    # Captions of many lengths: at some states the end is near certain, at most it is unlikely.
-    model.fc.weight.data[WORD_MAP[END]] *= 6
-    model.fc.bias.data[WORD_MAP[END]] -= 3
-    return model.eval()
+from models import DecoderWithAttention, Encoder, pixel_positions
 
 
 def plain(decoder, word_map=WORD_MAP):
@@ -58,32 +38,6 @@ class OnePicture:
 
 def pooled(grid, side=SIDE):
     return F.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
-
-
-@pytest.fixture
-def batch():
-    """Pictures with five, three and no captions, of all lengths from <start> <end> on."""
-    generator = torch.Generator().manual_seed(1)
-    grid = torch.randn(B, 4, 4, D, generator=generator)
-    captions = torch.randint(1, 37, (B, K, T + 1), generator=generator)
-    lengths = torch.randint(3, T + 2, (B, K), generator=generator)
-    lengths[0, 0], lengths[0, 1], lengths[1, 3:], lengths[2] = 2, T + 1, 0, 0
-    captions[:, :, 0] = WORD_MAP[START]
-    for i, j in itertools.product(range(B), range(K)):
-        if lengths[i, j]:
-            captions[i, j, lengths[i, j] - 1:] = WORD_MAP[PAD]
-            captions[i, j, lengths[i, j] - 1] = WORD_MAP[END]
-        else:
-            captions[i, j] = WORD_MAP[PAD]
-    return grid, captions, lengths
-
-
-def loss_of(decoder, batch, alpha_c=1.0):
-    grid, captions, lengths = batch
-    scores, targets, alphas = decoder(grid, captions, lengths)
-    terms = caption_loss(scores, targets, alphas, lengths, Config(alpha_c=alpha_c))
-    counts = dict(tokens=len(targets), captions=(lengths > 0).sum())
-    return sum(term.weight * term.sum / counts[term.per] for term in terms.values())
 
 
 def plain_loss(model, batch, alpha_c=1.0):

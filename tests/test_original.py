@@ -12,8 +12,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, script
-from test_scripts import call, fails
+from common import ROOT, call, fails, script
 from torch import nn
 from torch.nn.backends.thnn import _get_thnn_function_backend
 

@@ -7,7 +7,7 @@ import unicodedata
 
 import h5py
 import pytest
-from conftest import call, error_line, files_under
+from common import call, error_line, files_under
 from PIL import Image
 
 import pre_process
@@ -33,7 +33,7 @@ def convert(folder, content, name="table.csv", *flags, out="out"):
     """Result of own.py on a table of this content (str or bytes)."""
     table = folder.parent / name
     table.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return call(own.main, folder, table, "--out", folder.parent / out, *flags)
+    return call(own.main, folder, table, "--out", folder.parent / out, *flags, check=None)
 
 
 def layout(folder, out="out"):
@@ -228,5 +228,5 @@ def test_other_input_is_not_mixed_in(folder):
 def test_bad_arguments_end_in_one_line(flags, named, folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     (folder.parent / "table.csv").write_text(TABLES["rows.csv"], "utf-8")
-    result = call(own.main, *flags)
+    result = call(own.main, *flags, check=2)
     assert result.code == 2 and named in error_line(result.err)

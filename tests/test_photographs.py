@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import call
+from common import call
 
 from benchmarks import photographs
 from datasets import START
@@ -95,7 +95,7 @@ def test_a_study_resumes(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text(script + "pathlib.Path(flags['--model_dir'], 'checkpoint.pth.tar').touch()\n"
                                        "sys.exit(pathlib.Path('calls').read_text().count('train.py') == 1)\n")
     (tmp_path / "eval.py").write_text(script + "pathlib.Path(flags['--results']).touch()\n")
-    result = call(lambda: photographs.train_and_score("baseline", 1, tmp_path / "data"))
+    result = call(lambda: photographs.train_and_score("baseline", 1, tmp_path / "data"), check=2)
     assert result.code == 2 and "exit code 1" in result.err and "resumes" in result.err
     for _ in range(2):
         photographs.train_and_score("baseline", 1, tmp_path / "data")

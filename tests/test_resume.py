@@ -3,7 +3,6 @@ import itertools
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -12,43 +11,16 @@ import threading
 import time
 
 import pytest
-import torch
 import torch.distributed as dist
-from conftest import ROOT, files_under
-from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_scripts import call, fails, folders
-from test_train import stop_during
+from common import (KILLS, ROOT, assert_near, assert_same, call, fails, files_under, flags,
+                    interrupt, outcome, start, stop_during)
 
 import eval
 import train
 from checkpoint import load_checkpoint
 from utils import UserError, meet_processes, own_part, resumes
 
-KILLS = int(os.environ.get("KILLS", 2))
-# Six steps per epoch, two readings, dropout, all layers trained, and a checkpoint after every step.
-SETTINGS = dict(batch_size=2, epochs=2, print_freq=4, dropout=0.5, fine_tune_encoder="true", checkpoint_minutes=0,
-                early_stop_epochs=3, lr_decay_epochs=1, ema_decay=0.9)
-
-
-def flags(folder, **settings):
-    settings = [f"--{name}={value}" for name, value in {**SETTINGS, **settings}.items()]
-    return [*map(str, folders(folder)), *settings]
-
-
-def start(*args, torchrun=(), stderr=subprocess.DEVNULL):
-    command = [sys.executable, "-u", *(["-m", "torch.distributed.run", *torchrun] if torchrun else []),
-               str(ROOT / "train.py"), *args]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True,
-                            start_new_session=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_figures():
-    """Figures take most of the time of the runs in this process, and nobody looks at them here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runlog.draw_attention", lambda *_: Figure((1, 1)))
-        yield
+pytestmark = pytest.mark.usefixtures("small_figures")
 
 
 @pytest.fixture(scope="module")
@@ -57,57 +29,6 @@ def whole(tiny_flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     call(train.main, *tiny_flags, *flags(folder))
     return folder
-
-
-def without_speed(values):
-    return {name: value for name, value in values.items() if name != "images_per_s"}
-
-
-def outcome(folder):
-    """All that two runs must agree in. Returns: tensors by name, log lines, scalars by tag as (step, value)."""
-    checkpoint = load_checkpoint(folder / "models" / "checkpoint.pth.tar")
-    best = load_checkpoint(folder / "models" / "BEST_checkpoint.pth.tar")
-    run, = (folder / "logs").iterdir()
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    for line in log:
-        line.update(train=without_speed(line["train"]), valid=without_speed(line["valid"]))
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0})
-    events.Reload()
-    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)]
-               for tag in events.Tags()["scalars"] if not re.search("images_per_s|seconds_", tag)}
-    pictures = {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
-    progress = {name: checkpoint["progress"][name] for name in ("epoch", "batch", "step", "best", "terms",
-                                                                "epochs_since_improvement")}
-    state = dict(progress, **{name: checkpoint[name] for name in ("optimizers", "encoder", "decoder")})
-    return dict(state=state, best={name: best[name] for name in ("epoch", "encoder", "decoder")}, log=log,
-                scalars=scalars, pictures=pictures)
-
-
-def assert_same(found, expected, where="", atol=0.0):
-    if isinstance(expected, torch.Tensor):
-        assert torch.allclose(found.double(), expected.double(), rtol=0, atol=atol), where
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key in expected:
-            assert_same(found[key], expected[key], f"{where}/{key}", atol)
-    elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected), where
-        for i, (x, y) in enumerate(zip(found, expected)):
-            assert_same(x, y, f"{where}/{i}", atol)
-    elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=0, abs=atol, nan_ok=True), where
-    else:
-        assert found == expected, where
-
-
-def interrupt(process, rng, seconds, signals):
-    """Send a run one of these signals, so many seconds after its beginning at most. Returns: exit code, output."""
-    while "training and" not in (line := process.stdout.readline()):
-        assert line, "it ended before it began"
-    time.sleep(rng.uniform(0, seconds))
-    process.send_signal(rng.choice(signals))
-    code = process.wait(timeout=60)
-    return code, process.communicate()[0]
 
 
 def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(whole, tiny_flags, tmp_path):
@@ -164,24 +85,6 @@ def test_a_run_that_is_there_is_not_begun_again(whole, tiny_flags):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes
-
-
-def assert_near(many, one, share=0.5):
-    """What several processes gave against what one gave: but for rounding the same.
-
-    Adam divides a gradient by its own size. Where that is nothing but rounding (the attention's hidden units that are
-    on at every pixel, which softmax ignores) it makes whole steps of it; such weights are left out, and at least this
-    share must remain.
-    """
-    for name in ("epoch", "batch", "step", "encoder"):
-        assert_same(many["state"][name], one["state"][name], name, atol=1e-5)
-    assert_same(many["log"], one["log"], "log", atol=1e-5)
-    compared = 0
-    for number, (name, weight) in enumerate(one["state"]["decoder"].items()):
-        real = one["state"]["optimizers"]["decoder"]["state"][number]["exp_avg_sq"].sqrt() > 1e-6
-        assert torch.allclose(many["state"]["decoder"][name][real], weight[real], rtol=0, atol=1e-5), name
-        compared += int(real.sum())
-    assert compared > share * sum(weight.numel() for weight in one["state"]["decoder"].values())
 
 
 # Without dropout, for which each process draws its own numbers.

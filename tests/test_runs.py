@@ -10,10 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, error_line, script
-from test_resume import flags, start
-from test_scripts import call, fails, folders, small_disk  # noqa: F401
-from test_train import last_checkpoint, run, stop_during  # noqa: F401
+from common import ROOT, call, error_line, fails, flags, folders, last_checkpoint, script, start
 
 import datasets
 import eval

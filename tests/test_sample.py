@@ -7,7 +7,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from conftest import call, error_line, files_under, script
+from common import call, error_line, files_under, script
 from PIL import Image
 
 from data import sample
@@ -87,7 +87,7 @@ def test_the_seed_decides_every_byte(drawn, tmp_path):
 def test_bad_arguments_end_in_one_line(flags, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    result = call(sample.main, *flags)
+    result = call(sample.main, *flags, check=2)
     assert result.code == 2 and named in error_line(result.err) and len(result.err.splitlines()) == 1
     assert files_under(tmp_path) == {"file": b""}
 

@@ -4,17 +4,15 @@ import dataclasses
 import gc
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import conftest
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import error_line, files_under, script
+from common import ROOT, call, error_line, fails, files_under, folders, script
 from PIL import Image
 
 import demo
@@ -27,26 +25,6 @@ from config import CHECKPOINT_VERSION, Config
 from datasets import load_word_map
 from models import build_models
 from utils import UserError, get_device
-
-
-def call(main, *flags, check=0):
-    """As conftest.call, but insists on an exit code, and leaves no signal handlers of train.py behind."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    done = conftest.call(main, *flags)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    assert done.code == check, f"{done.code}\n{done.out}\n{done.err[-4000:]}"
-    return done
-
-
-def fails(main, *flags, parts):
-    """Check that a script ends with exit code 2 and one line, which has all these parts."""
-    line = error_line(call(main, *flags, check=2).err)
-    assert all(str(part) in line for part in parts), line
-
-
-def folders(folder):
-    return ["--model_dir", folder / "models", "--log_dir", folder / "logs"]
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +119,10 @@ def test_normal_use_leaves_git_clean(best, tmp_path):
     def git(*command):
         return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *command], cwd=tmp_path, check=True,
                               capture_output=True, text=True).stdout
-    files = subprocess.check_output(["git", "ls-files"], cwd=conftest.ROOT, text=True).splitlines()
+    files = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(conftest.ROOT / name, tmp_path / name)
+        shutil.copy(ROOT / name, tmp_path / name)
     git("init")
     git("add", "--force", ".")
     git("commit", "-m", "first")
@@ -370,16 +348,6 @@ def test_a_checkpoint_cut_off_while_it_is_written(has_links, tmp_path, monkeypat
     if not path.exists():
         follow_the_error(path)
     assert load_checkpoint(path)["epoch"] == 2 and not list(tmp_path.glob("*.tmp"))
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of one MiB; skipped where this process may not mount one."""
-    command = ["mount", "-t", "tmpfs", "-o", "size=1M", "none", str(tmp_path)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_checkpoint_on_a_full_disk(small_disk):

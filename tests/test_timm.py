@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, call, error_line
+from common import ROOT, call, error_line
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -187,7 +187,8 @@ def test_no_connection_to_the_hub(monkeypatch):
     (("--encoder", "test_vit", "--encoder_stride", 8), "[16]"),
     (("--encoder", "vit_small_patch14_dinov2"), "multiple")])
 def test_what_no_network_can_do(flags, part, tiny_flags, tmp_path):
-    result = call(train.main, *tiny_flags, *flags, "--model_dir", tmp_path / "m", "--log_dir", tmp_path / "l")
+    result = call(train.main, *tiny_flags, *flags, "--model_dir", tmp_path / "m", "--log_dir", tmp_path / "l",
+                  check=2)
     assert result.code == 2 and part in error_line(result.err)
 
 

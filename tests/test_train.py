@@ -7,10 +7,8 @@ import signal
 
 import pytest
 import torch
-from conftest import files_under
-from matplotlib.figure import Figure
+from common import call, epoch_of, files_under, folders, last_checkpoint, read_log, stop_during
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_scripts import call, folders
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,54 +16,17 @@ import checkpoint
 import train
 import utils
 from checkpoint import load_checkpoint
-from config import Config, get_config, parse_args
-from datasets import CaptionDataset, load_word_map, make_loader
+from config import Config
+from datasets import load_word_map
 from models import Term, build_models, top5_hits
 from runlog import RunLog
 from utils import UserError, precision
-
-
-@pytest.fixture
-def run(tiny_flags, tmp_path, monkeypatch):
-    """A function that runs train.py with these flags more, into tmp_path. Returns: what it printed (str)."""
-    def call_train(*flags, check=0):
-        done = call(train.main, *tiny_flags, *folders(tmp_path), *flags, check=check)
-        return done.out + done.err
-    monkeypatch.setattr("runlog.draw_attention", lambda *_: Figure((1, 1)))  # most of the time
-    return call_train
-
-
-def stop_during(monkeypatch, step, number=signal.SIGTERM):
-    """Let the next run get a signal while it works on its batch of this number, validation's batches included."""
-    caption_loss, batches = train.caption_loss, itertools.count(1)
-
-    def loss_and_signal(*args):
-        if next(batches) == step:
-            signal.raise_signal(number)
-        return caption_loss(*args)
-    monkeypatch.setattr(train, "caption_loss", loss_and_signal)
-
-
-def read_log(folder):
-    """The lines of log.jsonl, which must be proper JSON, without speeds; TensorBoard's scalars by tag, likewise."""
-    run, = (folder / "logs").iterdir()
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in (run / "log.jsonl").open()]
-    for line, part in itertools.product(lines, ("train", "valid")):
-        assert line[part].pop("images_per_s") > 0
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    return lines, {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-                   if not tag.endswith("images_per_s")}
 
 
 def put_aside(folder):
     """Rename what a run has left, so that another can begin there."""
     for name in ("models", "logs"):
         (folder / name).rename(folder / f"{name} of the first run")
-
-
-def last_checkpoint(folder):
-    return load_checkpoint(folder / "models" / "checkpoint.pth.tar")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,19 +156,6 @@ def test_a_rate_on_the_command_line_counts_once(given, in_force):
 def test_the_second_phase_counts_its_own_epochs(epoch, waited, why):
     progress = train.Progress(run="run", batches={}, epoch=epoch, began=1, epochs_since_improvement=waited)
     assert (why or "None") in str(train.finished(Config(epochs=4), progress))
-
-
-def epoch_of(tiny_flags, *flags):
-    """The arguments of train_one_epoch; it changes the models and the progress."""
-    config = get_config(flags=parse_args("", argv=[*tiny_flags, *flags]).flags)
-    word_map = load_word_map(config.data_dir)
-    torch.manual_seed(0)
-    encoder, decoder = build_models(config, len(word_map))
-    loader = make_loader(CaptionDataset(config, "train", word_map), config, True)
-    optimizers = train.make_optimizers(config, encoder, decoder)
-    return (encoder, decoder, train.teacher_forced, optimizers, torch.amp.GradScaler("cpu", enabled=False),
-            train.Averages(optimizers, config.ema_decay), loader, config,
-            train.Progress(run="run", batches={}), train.Sums({}, torch.device("cpu"), 0), None, lambda: None)
 
 
 def test_a_grad_clip_of_0_clips_nothing(tiny_flags):
