@@ -4,6 +4,7 @@
     python benchmarks/photographs.py study FOLDER         # train and score every row of the table; resumes
     python benchmarks/photographs.py faithfulness         # what attention explains
     python benchmarks/photographs.py release FOLDER       # the model that comes along, trained on train and valid
+    python benchmarks/photographs.py few FOLDER           # 300 pictures of one's own; resumes
 
 FOLDER is Flickr8k-CN as its publishers give it (data/README.md). A row of the study is train.py with some flags, and
 perhaps with an edit of the code: a diff of benchmarks/changes, applied to a copy of the code. The checkpoint of a run
@@ -11,6 +12,7 @@ is chosen on 500 pictures held out of train (here "valid"); scores are those of 
 where FOLDER has it, of the published test (here test_b).
 """
 import collections
+import itertools
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +38,7 @@ sys.path.insert(0, str(ROOT))  # where the scripts are
 import fast  # noqa: E402
 from checkpoint import (  # noqa: E402
     BEST_CHECKPOINT, CHECKPOINT, RELEASED, load_checkpoint, open_checkpoint, save_checkpoint)
-from config import new_parser, parse_args  # noqa: E402
+from config import PRESETS, new_parser, parse_args, positive  # noqa: E402
 from data import flickr8k_cn  # noqa: E402
 from datasets import START, CaptionDataset, kind_of, make_loader  # noqa: E402
 from fast.decoder import pool_matrix  # noqa: E402
@@ -115,7 +118,7 @@ CLASSES = "noun", "verb", "colour or number", "function word", "other"  # of dat
 
 
 def main():
-    subcommand("photographs.py", study=study, faithfulness=faithfulness, measure=measure, release=release)
+    subcommand("photographs.py", study=study, faithfulness=faithfulness, measure=measure, release=release, few=few)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,14 +195,14 @@ def prepare_data(source, size):
     return folder
 
 
-def write_data(folder, source, splits, size):
+def write_data(folder, source, splits, size, preset="flickr8k_cn"):
     """Lay splits of Flickr8k-CN (source: Path of it) out in a folder, and preprocess them at `size` pixels."""
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
     folder.mkdir(parents=True)
     names = [entry["image_id"] for entries in splits.values() for entry in entries]
     pictures = {name: source / flickr8k_cn.PICTURES / name for name in names}
     flickr8k_cn.write_splits(folder, pictures, splits)
-    execute([ROOT / "pre_process.py", "--preset", "flickr8k_cn", "--data_dir", folder, "--image_size", size], ROOT)
+    execute([ROOT / "pre_process.py", "--preset", preset, "--data_dir", folder, "--image_size", size], ROOT)
 
 
 def train_and_score(name, seed, data):
@@ -306,12 +309,101 @@ def results(name, seed):
     return found
 
 
-def mean_and_deviation(values):
+def mean_and_deviation(values, digits=3):
     if None in values:
         return "-"
-    digits = 0 if all(value == round(value) for value in values) else 3
+    if all(value == round(value) for value in values):
+        digits = 0
     text = f"{statistics.mean(values):.{digits}f}"
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A few pictures of one's own
+
+FEW = dict(train=300, valid=60, test_a=500)  # pictures of the published valid, which row "small" has not seen
+BEAM = 3
+
+
+def starts() -> dict[str, dict]:
+    """What a run of few pictures can begin from: name -> flags of train.py, beside preset own."""
+    own = PRESETS["own"]
+    return {
+        "random weights": {**FROM_RANDOM, "batch_size": own["batch_size"]},
+        "ImageNet's encoder": dict(encoder_weights=WEIGHTS),
+        "--init row small": dict(init=run_folder("small", 0) / BEST_CHECKPOINT),
+    }
+
+
+def few(argv):
+    """Train and score on draws of few pictures what is not done yet, then print the table."""
+    parser = new_parser(few.__doc__)
+    parser.add_argument("source", type=Path, metavar="FOLDER", help="Flickr8k-CN, see data/README.md")
+    parser.add_argument("--draws", type=positive, default=3, help="of training, validation and test pictures (3)")
+    args = parser.parse_args(argv)
+    initial = starts()["--init row small"]["init"]
+    if not initial.exists():
+        raise UserError(f"{initial} does not exist: first study FOLDER --rows small --seeds 0")
+    if not WEIGHTS.exists():
+        convert_weights()
+    for draw in range(args.draws):
+        for name, flags in starts().items():
+            size = flags.get("image_size", PRESETS["own"]["image_size"])
+            train_and_score_few(name, flags, draw, few_data(args.source, draw, size))
+    table = tabulate_few(args.draws)
+    print(table)
+    write_text(MODELS / "few.md", table + "\n")
+
+
+def few_data(source: Path, draw: int, size: int) -> Path:
+    """Draw pictures of the published valid, preprocess them at `size` pixels, and return the data_dir."""
+    folder = DATA / f"few-{draw}-{size}"
+    if not (folder / "WORDMAP.json").exists():
+        entries, _ = flickr8k_cn.read_source(source)
+        drawn = iter(random.Random(draw).sample(entries["valid"], sum(FEW.values())))
+        splits = {split: list(itertools.islice(drawn, number)) for split, number in FEW.items()}
+        write_data(folder, source, splits, size, preset="own")
+    return folder
+
+
+def train_and_score_few(name: str, flags: dict, draw: int, data: Path):
+    """One run, continued where it was stopped; its wall-clock time adds up over the calls."""
+    folder = few_folder(name, draw)
+    results_path = folder / "results.json"
+    if results_path.exists():
+        return
+    print(f"--- {name}, draw {draw}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = dict(preset="own", **flags, seed=draw, data_dir=data, model_dir=folder, log_dir=LOGS / folder.name)
+    resume = ["--resume"] if (folder / CHECKPOINT).exists() else []
+    minutes_path = folder / "minutes.txt"
+    minutes = float(minutes_path.read_text()) if minutes_path.exists() else 0.0
+    since = time.monotonic()
+    try:
+        execute(["train.py", *as_arguments(flags), *resume], ROOT)
+    finally:
+        minutes += (time.monotonic() - since) / 60
+        write_text(minutes_path, str(minutes))
+    execute(["eval.py", "--checkpoint", folder / BEST_CHECKPOINT, "--data_dir", data, "--split", "test_a",
+             "--beam_size", BEAM, "--results", results_path], ROOT)
+
+
+def tabulate_few(draws: int) -> str:
+    """A table in Markdown: means and standard deviations over the draws."""
+    lines = ["| begun from | CIDEr | BLEU-4 | minutes of training |", "|---|---|---|---|"]
+    for name in starts():
+        folders = [few_folder(name, draw) for draw in range(draws)]
+        scores = [json.loads((folder / "results.json").read_text(encoding="utf-8"))["scores"] for folder in folders]
+        minutes = [float((folder / "minutes.txt").read_text()) for folder in folders]
+        cells = [mean_and_deviation([score["CIDEr"] for score in scores]),
+                 mean_and_deviation([score["BLEU-4"] for score in scores]),
+                 mean_and_deviation(minutes, digits=1)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def few_folder(name: str, draw: int) -> Path:
+    return run_folder(f"few {name}", draw)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
