@@ -25,7 +25,7 @@ from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from config import Config
-from utils import UserError, rank, reason_of, world_size
+from utils import UserError, rank, reason_of, to_device, world_size
 
 with warnings.catch_warnings():  # jieba's own use of setuptools is deprecated
     warnings.simplefilter("ignore")
@@ -451,11 +451,12 @@ def tokenize_references(dataset):
     return [list(filter(None, map(tokenize, captions))) for captions in dataset.raw_captions]
 
 
-def counts_of(lengths: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How many tokens, captions and images a batch has, by caption_lengths (B, K): int64, 0-dim, on the CPU."""
+def counts_of(lengths: torch.Tensor, device="cpu") -> dict[str, torch.Tensor]:
+    """How many tokens, captions and images a batch has, by caption_lengths (B, K): int64, 0-dim."""
     captions = (lengths > 0).sum()
     tokens = lengths.sum() - captions  # <start> is given, not predicted
-    return dict(tokens=tokens, captions=captions, images=torch.tensor(len(lengths)))
+    numbers = torch.stack([tokens, captions, torch.tensor(len(lengths))])
+    return dict(zip(("tokens", "captions", "images"), to_device(numbers, torch.device(device))))
 
 
 class BatchSampler(Sampler):

@@ -99,7 +99,7 @@ def caption_split(runs, loader, config, word_map, beam_size, positions, device):
     """Caption every picture of a split once.
 
     Args:
-        runs (fast.Chosen). loader (DataLoader): in order. config (Config). word_map (dict). beam_size (int).
+        runs (fast.Models). loader (DataLoader): in order. config (Config). word_map (dict). beam_size (int).
         positions: of pixel_positions. device (torch.device).
     Returns:
         list of dict: of all processes, by row; as decoding.generate gives them, with row and, in the place of alphas,

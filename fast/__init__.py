@@ -19,12 +19,13 @@ TOLERANCE = 1e-3  # of the largest value; rounding gives 1e-5, an edit that matt
 ROUGH = 0.1  # the same in bfloat16, where rounding gives 0.015: a graph or a convolution that fails gives more
 
 
-class Chosen(NamedTuple):
+class Models(NamedTuple):
     """What runs in the places of the two halves of a model."""
 
     encoder: nn.Module  # for validation, evaluation and kept features: float32, without gradients where it is folded
     training_encoder: nn.Module  # in training's precision
     decoder: nn.Module
+    training_decoder: nn.Module  # the same, unless several processes share a batch
     report: dict  # "encoder", "decoder" -> how each runs; what differs where it runs as written
 
     def summary(self):
@@ -39,11 +40,12 @@ def choose(encoder, decoder, config, dtype=None):
         config (Config). dtype (torch.dtype): what a frozen encoder multiplies in while the decoder is trained; None
             where nothing is trained.
     Returns:
-        Chosen
+        Models
     """
     if not config.fast:
         how = "as written (--fast false)"
-        return Chosen(encoder, encoder, decoder, dict(encoder=how, decoder=how))
+        return Models(encoder, encoder, decoder, decoder,
+                      dict(encoder=how, decoder=how))
     device = next(decoder.parameters()).device
     encoder.to(memory_format=torch.channels_last)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), \
@@ -57,7 +59,8 @@ def choose(encoder, decoder, config, dtype=None):
         elif dtype is None or not config.fine_tune_encoder:
             quick_encoder, training_encoder, encoder_runs = choose_encoder(encoder, images, dtype)
         quick_decoder, decoder_runs = choose_decoder(decoder, torch.rand(2, cells, cells, encoder.dim, device=device))
-    return Chosen(quick_encoder, training_encoder, quick_decoder, dict(encoder=encoder_runs, decoder=decoder_runs))
+    return Models(quick_encoder, training_encoder, quick_decoder, quick_decoder,
+                  dict(encoder=encoder_runs, decoder=decoder_runs))
 
 
 @torch.no_grad()

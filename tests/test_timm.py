@@ -16,7 +16,7 @@ import eval as evaluation
 import train
 from checkpoint import load_models
 from config import Config
-from fast import Chosen
+from fast import Models
 from models import Encoder, build_models, pixel_positions
 from utils import UserError
 
@@ -135,7 +135,8 @@ def test_fine_tuning_begins_after_a_quarter(name, first, last):
 def test_batch_norms_of_several_gpus_keep_their_activation(monkeypatch):
     monkeypatch.setattr(train, "precision", lambda *_: torch.float32)  # which would ask the GPU
     monkeypatch.setattr(train, "parallel", lambda module, _: module)
-    monkeypatch.setattr(train.fast, "choose", lambda encoder, decoder, *_: Chosen(encoder, encoder, decoder, {}))
+    monkeypatch.setattr(train.fast, "choose",
+                        lambda encoder, decoder, *_: Models(encoder, encoder, decoder, decoder, {}))
     config = Config(encoder="test_efficientnet", encoder_weights="none", fine_tune_encoder=True)
     encoder, decoder = build_models(config, 10)
     images = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
