@@ -10,53 +10,65 @@ import torch.nn.functional as F
 from datasets import END, PAD, START, UNK, decode_caption, word_list
 
 
-def generate(decoder, grid, word_map, max_len, beam_size, length_penalty=0.0):
+def generate(decoder, grid, word_map, max_len, beam_size, length_penalty=0.0, n_best=None):
     """Caption a batch of pictures.
 
     Args:
         decoder (DecoderWithAttention), in eval mode. grid: (B, h, w, D). word_map (dict). max_len, beam_size (int).
-        length_penalty (float): see beam_search.
+        length_penalty (float), n_best (int): see beam_search.
     Returns:
-        list of dict: words (list of str), score (float: sum of log-probabilities), ended (bool), alphas (float32 array
-        (len(words), s, s): the attention at each word).
+        list of dict: words (list of str); score (float: sum of log-probabilities, that of <end> included); log_probs
+        (list of float: of each word); ended (bool); alphas (float32 array (len(words), s, s): the attention at each
+        word). With n_best a list of such dicts for each picture, the best first.
     """
-    found = beam_search(decoder, grid, beam_size, max_len, word_map, length_penalty)
+    found = beam_search(decoder, grid, beam_size, max_len, word_map, length_penalty, n_best or 1)
+    found = Captions(*(field.cpu() for field in found))
     words_by_id = word_list(word_map)
-    captions = []
-    for ids, score, ended, alphas in zip(found.words.tolist(), found.scores.tolist(), found.ended.tolist(),
-                                         found.alphas.float().cpu()):
-        words = decode_caption(ids, words_by_id)
-        alphas = alphas[:len(words)].unflatten(1, (decoder.encoded_image_size, -1))
-        captions.append(dict(words=words, score=score, ended=ended, alphas=alphas.numpy()))
-    return captions
+    pictures = []
+    for number, ended in enumerate(found.ended.tolist()):
+        captions = []
+        for ids, score, alphas, log_probs in zip(found.words[number].tolist(), found.scores[number].tolist(),
+                                                 found.alphas[number].float(), found.log_probs[number]):
+            if captions and score == -torch.inf:  # fewer than n_best have ended
+                break
+            words = decode_caption(ids, words_by_id)
+            alphas = alphas[:len(words)].unflatten(1, (decoder.encoded_image_size, -1))
+            captions.append(dict(words=words, score=score, log_probs=log_probs[:len(words)].tolist(), ended=ended,
+                                 alphas=alphas.numpy()))
+        pictures.append(captions)
+    return pictures if n_best else [captions[0] for captions in pictures]
 
 
 class Captions(NamedTuple):
-    """What beam search found for B pictures."""
+    """What beam search found for B pictures. With n_best all but `ended` have one more dimension, (B, n_best, ...): the
+    best caption first, and a score of -inf where fewer have ended."""
 
     words: torch.Tensor  # int64 (B, T), from the first word on; <pad> after the end
-    scores: torch.Tensor  # (B,), sum of the words' log-probabilities
+    scores: torch.Tensor  # (B,), sum of log_probs
     ended: torch.Tensor  # bool (B,): whether the caption reached <end>
     alphas: torch.Tensor  # (B, T, P), the attention at each word
+    log_probs: torch.Tensor  # (B, T), of each word and of <end>
 
 
 @torch.no_grad()
-def beam_search(decoder, grid, beam_size, max_len, word_map, length_penalty=0.0):
-    """The most probable caption of each picture, by beam search over all pictures at once.
+def beam_search(decoder, grid, beam_size, max_len, word_map, length_penalty=0.0, n_best=None):
+    """The most probable captions of each picture, by beam search over all pictures at once.
 
     As in the original a beam that ends leaves the search, the others continue with one beam less, and the best that
     ended wins: by its sum of log-probabilities, which prefers short captions, over its length to the `length_penalty`.
-    Sums only fall, so a picture is finished as soon as no active beam can become better than its best ended one. Of
-    equal scores the first counts: the lower beam, then the lower word.
+    Sums only fall, so a picture is finished as soon as no active beam can become better than its best ended one (of
+    n_best, the last). Of equal scores the first counts: the lower beam, then the lower word.
 
     Args:
         decoder (DecoderWithAttention), in eval mode. grid: (B, h, w, D). beam_size (int): 1 is greedy.
         max_len (int): there are T = max_len + 1 steps, so that so many words and <end> fit. word_map (dict).
         length_penalty (float): 0, the original's, compares sums; 1 means per token. <end> counts.
+        n_best (int): captions for each picture; no more than beam_size end. None is one, without its dimension.
     Returns:
         Captions
     """
     B, K, V, T, device = len(grid), beam_size, len(word_map), max_len + 1, grid.device
+    N = min(n_best or 1, K)
     never = never_generated(word_map, device)
     features, h, c = decoder.start(grid, K)
     word = torch.full((B, K), word_map[START], device=device)
@@ -65,44 +77,59 @@ def beam_search(decoder, grid, beam_size, max_len, word_map, length_penalty=0.0)
     seats = torch.full((B,), K, device=device)  # of each picture, beams that have not ended
     active = torch.arange(B, device=device)  # pictures that are not finished; b of them
     P = decoder.encoded_image_size ** 2
-    words, alphas = word.new_empty(B, K, 0), score.new_empty(B, K, 0, P)  # of each beam so far, (b, K, t, ...)
-    best, sums = score.new_full((2, B), -torch.inf)  # of each picture's best caption: what it is ranked by, its sum
+    # Of each beam so far, (b, K, t, ...).
+    words, log_probs = word.new_empty(B, K, 0), score.new_empty(B, K, 0)
+    alphas = score.new_empty(B, K, 0, P)
+    # Of each picture's captions, in the order in which they end: what they are ranked by, their sums.
+    ranks, sums = score.new_full((2, B, K), -torch.inf)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
-    out, out_alphas = word.new_full((B, T), word_map[PAD]), score.new_zeros(B, T, P)
+    out, out_alphas = word.new_full((B, K, T), word_map[PAD]), score.new_zeros(B, K, T, P)
+    out_log_probs = score.new_zeros(B, K, T)
 
     for t in range(T):
         h, c, alpha = decoder.step(features, decoder.embedding(word), h, c)
         # Normalised over all words, as the original's scores are, also those that are never generated.
         log_p = F.log_softmax(decoder.fc(h).float(), dim=2).index_fill(2, never, -torch.inf)  # (b, K, V)
         score, index = first_largest((score.unsqueeze(2) + log_p).flatten(1), K)  # (b, K)
+        log_prob = log_p.flatten(1).gather(1, index)
         rows, parent, word = torch.arange(len(h), device=device).unsqueeze(1), index // V, index % V
         h, c = h[rows, parent], c[rows, parent]
         words = torch.cat([words[rows, parent], word.unsqueeze(2)], dim=2)
+        log_probs = torch.cat([log_probs[rows, parent], log_prob.unsqueeze(2)], dim=2)
         alphas = torch.cat([alphas, alpha.unsqueeze(2)], dim=2)[rows, parent]  # a word's attention is its parent's
 
         is_beam = torch.arange(K, device=device) < seats.unsqueeze(1)
         ends = is_beam & (word == word_map[END]) & score.isfinite()
         open_score = score.masked_fill(ends | ~is_beam, -torch.inf)
-        # The best that has ended; at the last step, of a picture without any, the best that has not.
-        candidates = score.masked_fill(~ends, -torch.inf)
-        if t == T - 1:
-            candidates = torch.where((ended[active] | ends.any(dim=1)).unsqueeze(1), candidates, open_score)
-        top, which = (candidates / (t + 1) ** length_penalty).max(dim=1)
-        better = top > best[active]
-        now, which = active[better], which[better]
-        best[now], sums[now], ended[now] = top[better], candidates[better, which], ends[better, which]
-        out[now, :t + 1], out_alphas[now, :t + 1] = words[better, which], alphas[better, which]
+        kept, place = ends, K - seats.unsqueeze(1) + ends.cumsum(dim=1) - 1
+        ended[active] |= ends.any(dim=1)
+        if t == T - 1:  # of a picture where none has ended, those that have not
+            kept = torch.where(ended[active].unsqueeze(1), ends, is_beam & score.isfinite())
+            place = torch.where(ended[active].unsqueeze(1), place, torch.arange(K, device=device))
+        which, beam = kept.nonzero(as_tuple=True)
+        picture, place = active[which], place[which, beam]
+        sums[picture, place] = score[which, beam]
+        ranks[picture, place] = score[which, beam] / (t + 1) ** length_penalty
+        out[picture, place, :t + 1] = words[which, beam]
+        out_alphas[picture, place, :t + 1] = alphas[which, beam]
+        out_log_probs[picture, place, :t + 1] = log_probs[which, beam]
 
         score, seats = open_score, seats - ends.sum(dim=1)
         # At best an open beam keeps its sum, and is T words long in the end.
-        searched = (score.max(dim=1).values / T ** length_penalty > best[active]) & (seats > 0)
+        last = ranks[active].topk(N, dim=1).values[:, -1]
+        searched = (score.max(dim=1).values / T ** length_penalty > last) & (seats > 0)
         if not searched.any():
             break
         if not searched.all():
             features = [x[searched] for x in features]
-            active, seats, h, c, word, score, words, alphas = (
-                x[searched] for x in (active, seats, h, c, word, score, words, alphas))
-    return Captions(out, sums, ended, out_alphas)
+            active, seats, h, c, word, score, words, alphas, log_probs = (
+                x[searched] for x in (active, seats, h, c, word, score, words, alphas, log_probs))
+    _, best = first_largest(ranks, N)
+    best = best if n_best else best.squeeze(1)
+    picture = torch.arange(B, device=device)
+    picture = picture.unsqueeze(1) if n_best else picture
+    return Captions(out[picture, best], sums[picture, best], ended, out_alphas[picture, best],
+                    out_log_probs[picture, best])
 
 
 def first_largest(values, k):
