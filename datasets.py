@@ -17,6 +17,7 @@ import struct
 import unicodedata
 import warnings
 from pathlib import Path
+from typing import IO
 
 import h5py
 import numpy as np
@@ -55,29 +56,31 @@ jieba.setLogLevel(logging.CRITICAL)
 # Pixels
 
 
-class BadPicture(Exception):
-    """A file that is not a readable picture; the message names it and says why."""
+class BadPicture(UserError):
+    """What is not a readable picture; the message names it and says why."""
 
 
-def open_picture(path, image_size=None):
-    """Open any picture upright and in RGB: gray, palette, CMYK, 16 or 32 bits, transparent (on white), EXIF-rotated.
+Picture = str | os.PathLike | IO[bytes] | Image.Image | np.ndarray
+
+
+def open_picture(source: Picture, image_size: int | None = None) -> Image.Image:
+    """Open any picture upright and in RGB: gray, palette, CMYK, 16 or 32 bits, transparent (on white),
+    EXIF-rotated; of an animation the first frame.
 
     Args:
-        path (str or Path)
-        image_size (int): decode a JPEG straight to a square of this side, twice as fast where it is large; other
-            formats ignore it.
-    Returns:
-        PIL.Image: mode RGB, in the file's own size (the first frame of an animation).
+        source: an array is uint8, (H, W) or (H, W, 1, 3 or 4 channels).
+        image_size: decode a JPEG straight to a square of this side, twice as fast where it is large;
+            all else ignores it and keeps its own size.
     Raises:
         BadPicture: missing, empty, truncated, not a picture, or more than 179 million pixels.
     """
     try:
-        if not Path(path).is_file():  # a folder; a pipe would block
-            raise FileNotFoundError
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=PICTURE_FORMATS) as file:
-                drafted = file.draft(None, draft_size(file.size, image_size)) if image_size else None
+            with unread(source) as file:
+                drafted = None
+                if image_size and file is not source:  # an image that was given stays as it is
+                    drafted = file.draft(None, draft_size(file.size, image_size))
                 file.load()
                 turn = turn_of(file)
                 picture = file
@@ -93,8 +96,33 @@ def open_picture(path, image_size=None):
                 return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
             return picture.convert("RGB")
     except Exception as error:  # Pillow's decoders raise anything on a broken file
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).replace(f" {str(path)!r}", "")
-        raise BadPicture(f"{path}: {reason or type(error).__name__}") from error
+        name = source
+        if not isinstance(source, str | os.PathLike):
+            name = getattr(source, "filename", "") or getattr(source, "name", type(source).__name__)
+        reason = str(error).replace(f" {str(source)!r}", "").replace(f" {source!r}", "")
+        if isinstance(error, FileNotFoundError):
+            reason = "no such file"
+        raise BadPicture(f"{name}: {reason or type(error).__name__}") from error
+
+
+def unread(source):
+    """A picture as Pillow has it before its pixels are read, to be used in a `with`."""
+    if isinstance(source, Image.Image):
+        return contextlib.nullcontext(source)  # its owner closes it
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8:
+            raise TypeError(f"an array of {source.dtype}: give uint8, from 0 to 255; of floats from 0 to 1 "
+                            f"that is (255 * array).round().astype(numpy.uint8)")
+        shape = source.shape[:2] if source.shape[2:] == (1,) else source.shape
+        if not source.size or len(shape) != 2 and shape[2:] not in ((3,), (4,)):
+            raise ValueError(f"an array of shape {source.shape}: give (H, W), or (H, W, 1, 3 or 4)")
+        return Image.fromarray(source.reshape(shape))
+    if isinstance(source, str | os.PathLike):
+        if not Path(source).is_file():  # a folder; a pipe would block
+            raise FileNotFoundError
+    elif not hasattr(source, "read"):
+        raise TypeError("give a path, a file object, a PIL image or a uint8 array")
+    return Image.open(source, formats=PICTURE_FORMATS)
 
 
 def turn_of(file):
@@ -140,18 +168,12 @@ def draft_size(size, image_size):
     return size[0] // reduction, size[1] // reduction
 
 
-def read_image(path, image_size):
-    """The one way from a picture file to pixels.
-
-    Args:
-        path (str or Path)
-        image_size (int): side of the square, pixels; the aspect ratio is not kept.
-    Returns:
-        uint8 array (image_size, image_size, 3), RGB.
-    Raises:
-        BadPicture: see open_picture.
+def read_image(source: Picture, image_size: int) -> np.ndarray:
+    """The one way from a picture to pixels: uint8 (image_size, image_size, 3), RGB, squeezed into the
+    square whole. Raises: BadPicture: see open_picture.
     """
-    return np.array(open_picture(path, image_size).resize((image_size, image_size), Image.Resampling.BILINEAR))
+    square = (image_size, image_size)
+    return np.array(open_picture(source, image_size).resize(square, Image.Resampling.BILINEAR))
 
 
 def short_names(file_names, prefix=""):
