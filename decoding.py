@@ -1,184 +1,248 @@
 """Captions out of a model: beam search, and samples of its own distribution.
 
-Symbols as in models.py: B pictures, K captions or beams per picture, T steps, P pixels, H decoder dim, V words.
+Symbols as in models.py: B pictures, K captions or beams per picture, T steps, P pixels, H decoder
+dim, V words; b are the pictures that are not finished yet.
 """
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from datasets import END, PAD, START, UNK, decode_caption, word_list
 
 
-def generate(decoder, grid, word_map, max_len, beam_size, length_penalty=0.0, n_best=None):
-    """Caption a batch of pictures.
+def generate(decoder, grid: Tensor, word_map: dict[str, int], max_len: int, beam_size: int,
+             length_penalty: float = 0.0, n_best: int | None = None) -> list:
+    """Caption a batch of pictures with a decoder in eval mode; arguments as of beam_search.
 
-    Args:
-        decoder (DecoderWithAttention), in eval mode. grid: (B, h, w, D). word_map (dict). max_len, beam_size (int).
-        length_penalty (float), n_best (int): see beam_search.
     Returns:
-        list of dict: words (list of str); score (float: sum of log-probabilities, that of <end> included); log_probs
-        (list of float: of each word); ended (bool); alphas (float32 array (len(words), s, s): the attention at each
-        word). With n_best a list of such dicts for each picture, the best first.
+        for each picture a dict: words (list of str); score (the sum of log-probabilities, that of
+        <end> included); log_probs (of each word); ended (whether by <end>); alphas (float32 array
+        (len(words), s, s), the attention at each word). With n_best a list of such dicts for each
+        picture, the best first, fewer where fewer have ended.
     """
     found = beam_search(decoder, grid, beam_size, max_len, word_map, length_penalty, n_best or 1)
     found = Captions(*(field.cpu() for field in found))
     words_by_id = word_list(word_map)
+    side = decoder.encoded_image_size
+
     pictures = []
-    for number, ended in enumerate(found.ended.tolist()):
+    for picture in range(len(grid)):
         captions = []
-        for ids, score, alphas, log_probs in zip(found.words[number].tolist(), found.scores[number].tolist(),
-                                                 found.alphas[number].float(), found.log_probs[number]):
-            if captions and score == -torch.inf:  # fewer than n_best have ended
+        for place, score in enumerate(found.scores[picture].tolist()):
+            if captions and score == -torch.inf:
                 break
-            words = decode_caption(ids, words_by_id)
-            alphas = alphas[:len(words)].unflatten(1, (decoder.encoded_image_size, -1))
-            captions.append(dict(words=words, score=score, log_probs=log_probs[:len(words)].tolist(), ended=ended,
-                                 alphas=alphas.numpy()))
-        pictures.append(captions)
-    return pictures if n_best else [captions[0] for captions in pictures]
+            words = decode_caption(found.words[picture, place].tolist(), words_by_id)
+            log_probs = found.log_probs[picture, place, :len(words)]
+            alphas = found.alphas[picture, place, :len(words)].float()
+            captions.append(dict(words=words, score=score, log_probs=log_probs.tolist(),
+                                 ended=bool(found.ended[picture]),
+                                 alphas=alphas.unflatten(1, (side, side)).numpy()))
+        pictures.append(captions if n_best else captions[0])
+    return pictures
+
+
+# -------------------------------------------------------------------------------------------------
+# Beam search
 
 
 class Captions(NamedTuple):
-    """What beam search found for B pictures. With n_best all but `ended` have one more dimension, (B, n_best, ...): the
-    best caption first, and a score of -inf where fewer have ended."""
+    """The N best captions of each picture, the best first; a score of -inf where fewer ended."""
 
-    words: torch.Tensor  # int64 (B, T), from the first word on; <pad> after the end
-    scores: torch.Tensor  # (B,), sum of log_probs
-    ended: torch.Tensor  # bool (B,): whether the caption reached <end>
-    alphas: torch.Tensor  # (B, T, P), the attention at each word
-    log_probs: torch.Tensor  # (B, T), of each word and of <end>
+    words: Tensor  # int64 (B, N, T), from the first word on; <pad> after the end
+    scores: Tensor  # (B, N), the sum of log_probs
+    log_probs: Tensor  # (B, N, T), of each word and of <end>
+    alphas: Tensor  # (B, N, T, P), the attention at each word
+    ended: Tensor  # bool (B,), whether a caption of this picture reached <end>
 
 
 @torch.no_grad()
-def beam_search(decoder, grid, beam_size, max_len, word_map, length_penalty=0.0, n_best=None):
+def beam_search(decoder, grid: Tensor, beam_size: int, max_len: int, word_map: dict[str, int],
+                length_penalty: float = 0.0, n_best: int = 1) -> Captions:
     """The most probable captions of each picture, by beam search over all pictures at once.
 
-    As in the original a beam that ends leaves the search, the others continue with one beam less, and the best that
-    ended wins: by its sum of log-probabilities, which prefers short captions, over its length to the `length_penalty`.
-    Sums only fall, so a picture is finished as soon as no active beam can become better than its best ended one (of
-    n_best, the last). Of equal scores the first counts: the lower beam, then the lower word.
+    As in the original a beam that ends leaves the search, the others continue with one beam less,
+    and the best that ended wins: by its sum of log-probabilities, which prefers short captions,
+    over its number of tokens (with <end>) to the `length_penalty`. Sums only fall, so a picture is
+    finished as soon as no open beam can become better than its best ended one (of n_best, the
+    last). Of equal scores the first counts: the lower beam, then the lower word.
 
     Args:
-        decoder (DecoderWithAttention), in eval mode. grid: (B, h, w, D). beam_size (int): 1 is greedy.
-        max_len (int): there are T = max_len + 1 steps, so that so many words and <end> fit. word_map (dict).
-        length_penalty (float): 0, the original's, compares sums; 1 means per token. <end> counts.
-        n_best (int): captions for each picture; no more than beam_size end. None is one, without its dimension.
-    Returns:
-        Captions
+        decoder: in eval mode.
+        grid: (B, h, w, D).
+        beam_size: K; 1 is greedy.
+        max_len: there are T = max_len + 1 steps, so that so many words and <end> fit.
+        length_penalty: 0, the original's, compares sums; 1 means per token.
+        n_best: captions for each picture; no more than beam_size can end.
     """
-    B, K, V, T, device = len(grid), beam_size, len(word_map), max_len + 1, grid.device
-    N = min(n_best or 1, K)
-    never = never_generated(word_map, device)
+    B, K, V, T = len(grid), beam_size, len(word_map), max_len + 1
+    never = never_generated(word_map, grid.device)
     features, h, c = decoder.start(grid, K)
-    word = torch.full((B, K), word_map[START], device=device)
-    score = torch.full((B, K), -torch.inf, device=device)
-    score[:, 0] = 0  # all beams begin alike, so one of them is enough
-    seats = torch.full((B,), K, device=device)  # of each picture, beams that have not ended
-    active = torch.arange(B, device=device)  # pictures that are not finished; b of them
-    P = decoder.encoded_image_size ** 2
-    # Of each beam so far, (b, K, t, ...).
-    words, log_probs = word.new_empty(B, K, 0), score.new_empty(B, K, 0)
-    alphas = score.new_empty(B, K, 0, P)
-    # Of each picture's captions, in the order in which they end: what they are ranked by, their sums.
-    ranks, sums = score.new_full((2, B, K), -torch.inf)
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
-    out, out_alphas = word.new_full((B, K, T), word_map[PAD]), score.new_zeros(B, K, T, P)
-    out_log_probs = score.new_zeros(B, K, T)
+    beams = Beams.begin(h, c, word_map[START], decoder.encoded_image_size ** 2)
+    found = Found(B, K, T, beams.alphas.shape[3], word_map[PAD], grid.device)
 
     for t in range(T):
-        h, c, alpha = decoder.step(features, decoder.embedding(word), h, c)
-        # Normalised over all words, as the original's scores are, also those that are never generated.
-        log_p = F.log_softmax(decoder.fc(h).float(), dim=2).index_fill(2, never, -torch.inf)  # (b, K, V)
-        score, index = first_largest((score.unsqueeze(2) + log_p).flatten(1), K)  # (b, K)
+        words = decoder.embedding(beams.words[:, :, -1])  # (b, K, E)
+        h, c, alpha = decoder.step(features, words, beams.h, beams.c)
+        # Over all words, as the original's scores are, also those that are never generated.
+        log_p = F.log_softmax(decoder.fc(h).float(), dim=2)
+        log_p = log_p.index_fill(2, never, -torch.inf)  # (b, K, V)
+
+        totals = (beams.scores.unsqueeze(2) + log_p).flatten(1)
+        scores, index = first_largest(totals, K)  # (b, K)
         log_prob = log_p.flatten(1).gather(1, index)
-        rows, parent, word = torch.arange(len(h), device=device).unsqueeze(1), index // V, index % V
-        h, c = h[rows, parent], c[rows, parent]
-        words = torch.cat([words[rows, parent], word.unsqueeze(2)], dim=2)
-        log_probs = torch.cat([log_probs[rows, parent], log_prob.unsqueeze(2)], dim=2)
-        alphas = torch.cat([alphas, alpha.unsqueeze(2)], dim=2)[rows, parent]  # a word's attention is its parent's
+        beams = beams.grow(index // V, index % V, scores, log_prob, (h, c, alpha))
 
-        is_beam = torch.arange(K, device=device) < seats.unsqueeze(1)
-        ends = is_beam & (word == word_map[END]) & score.isfinite()
-        open_score = score.masked_fill(ends | ~is_beam, -torch.inf)
-        kept, place = ends, K - seats.unsqueeze(1) + ends.cumsum(dim=1) - 1
-        ended[active] |= ends.any(dim=1)
-        if t == T - 1:  # of a picture where none has ended, those that have not
-            kept = torch.where(ended[active].unsqueeze(1), ends, is_beam & score.isfinite())
-            place = torch.where(ended[active].unsqueeze(1), place, torch.arange(K, device=device))
-        which, beam = kept.nonzero(as_tuple=True)
-        picture, place = active[which], place[which, beam]
-        sums[picture, place] = score[which, beam]
-        ranks[picture, place] = score[which, beam] / (t + 1) ** length_penalty
-        out[picture, place, :t + 1] = words[which, beam]
-        out_alphas[picture, place, :t + 1] = alphas[which, beam]
-        out_log_probs[picture, place, :t + 1] = log_probs[which, beam]
+        is_seated = torch.arange(K, device=grid.device) < beams.seats.unsqueeze(1)
+        is_beam = is_seated & scores.isfinite()
+        ends = is_beam & (beams.words[:, :, -1] == word_map[END])
+        found.add(beams, ends, length_penalty)
+        if t == T - 1:
+            found.add_unfinished(beams, is_beam, length_penalty)
+            break
 
-        score, seats = open_score, seats - ends.sum(dim=1)
+        beams = beams._replace(scores=scores.masked_fill(ends | ~is_seated, -torch.inf),
+                               seats=beams.seats - ends.sum(dim=1))
         # At best an open beam keeps its sum, and is T words long in the end.
-        last = ranks[active].topk(N, dim=1).values[:, -1]
-        searched = (score.max(dim=1).values / T ** length_penalty > last) & (seats > 0)
+        best_open = beams.scores.max(dim=1).values / T ** length_penalty
+        last = found.ranks[beams.pictures].topk(min(n_best, K), dim=1).values[:, -1]
+        searched = (best_open > last) & (beams.seats > 0)  # (b,)
         if not searched.any():
             break
         if not searched.all():
-            features = [x[searched] for x in features]
-            active, seats, h, c, word, score, words, alphas, log_probs = (
-                x[searched] for x in (active, seats, h, c, word, score, words, alphas, log_probs))
-    _, best = first_largest(ranks, N)
-    best = best if n_best else best.squeeze(1)
-    picture = torch.arange(B, device=device)
-    picture = picture.unsqueeze(1) if n_best else picture
-    return Captions(out[picture, best], sums[picture, best], ended, out_alphas[picture, best],
-                    out_log_probs[picture, best])
+            beams = Beams(*(field[searched] for field in beams))
+            features = [feature[searched] for feature in features]
+    return found.best(min(n_best, K))
 
 
-def first_largest(values, k):
-    """The k largest of each row, largest first; of equal ones the first. torch.topk promises no order among equals.
+class Beams(NamedTuple):
+    """K beams of each of b pictures that are not finished."""
 
-    Args: values (n, m), k <= m. Returns: values (n, k), indices (n, k).
-    """
+    pictures: Tensor  # int64 (b,), which they are
+    seats: Tensor  # int64 (b,), how many of the beams have not ended
+    h: Tensor  # (b, K, H)
+    c: Tensor
+    scores: Tensor  # (b, K), the sum of log_probs; -inf: no beam
+    words: Tensor  # int64 (b, K, 1 + t), <start> first
+    log_probs: Tensor  # (b, K, t)
+    alphas: Tensor  # (b, K, t, P)
+
+    @classmethod
+    def begin(cls, h: Tensor, c: Tensor, start: int, P: int):
+        b, K, _ = h.shape
+        pictures = torch.arange(b, device=h.device)
+        scores = torch.full((b, K), -torch.inf, device=h.device)
+        scores[:, 0] = 0  # all beams begin alike, so one of them is enough
+        words = torch.full((b, K, 1), start, device=h.device)
+        return cls(pictures, torch.full_like(pictures, K), h, c, scores, words,
+                   scores.new_empty(b, K, 0), scores.new_empty(b, K, 0, P))
+
+    def grow(self, parent: Tensor, word: Tensor, scores: Tensor, log_prob: Tensor, step):
+        """Each beam becomes its parent and a word, all (b, K). `step` is the h, c and alpha of the
+        parents: a word's attention is its parent's."""
+        h, c, alpha = step
+        rows = torch.arange(len(parent), device=parent.device).unsqueeze(1)
+        words = torch.cat([self.words[rows, parent], word.unsqueeze(2)], dim=2)
+        log_probs = torch.cat([self.log_probs[rows, parent], log_prob.unsqueeze(2)], dim=2)
+        alphas = torch.cat([self.alphas, alpha.unsqueeze(2)], dim=2)[rows, parent]
+        return Beams(self.pictures, self.seats, h[rows, parent], c[rows, parent], scores, words,
+                     log_probs, alphas)
+
+
+class Found:
+    """The captions of B pictures that have ended, at most K of each, in the order of their ends."""
+
+    def __init__(self, B: int, K: int, T: int, P: int, pad: int, device: torch.device):
+        self.ranks = torch.full((B, K), -torch.inf, device=device)  # what they compare by
+        self.number = torch.zeros(B, dtype=torch.int64, device=device)  # of them
+        self.ended = torch.zeros(B, dtype=torch.bool, device=device)
+        self.scores = self.ranks.clone()
+        self.words = torch.full((B, K, T), pad, device=device)
+        self.log_probs = self.ranks.new_zeros(B, K, T)
+        self.alphas = self.ranks.new_zeros(B, K, T, P)
+
+    def add(self, beams: Beams, ends: Tensor, length_penalty: float):
+        """Take the beams that end, bool (b, K)."""
+        self.ended[beams.pictures] |= ends.any(dim=1)
+        places = self.number[beams.pictures].unsqueeze(1) + ends.cumsum(dim=1) - 1  # (b, K)
+        self.number[beams.pictures] += ends.sum(dim=1)
+
+        row, beam = ends.nonzero(as_tuple=True)
+        picture, place = beams.pictures[row], places[row, beam]
+        scores = beams.scores[row, beam]
+        t = beams.log_probs.shape[2]
+        self.ranks[picture, place] = scores / t ** length_penalty
+        self.scores[picture, place] = scores
+        self.words[picture, place, :t] = beams.words[row, beam, 1:]
+        self.log_probs[picture, place, :t] = beams.log_probs[row, beam]
+        self.alphas[picture, place, :t] = beams.alphas[row, beam]
+
+    def add_unfinished(self, beams: Beams, is_beam: Tensor, length_penalty: float):
+        """At the last step: of the pictures without any that has ended, those that have not."""
+        has_ended = self.ended.clone()
+        self.add(beams, is_beam & ~has_ended[beams.pictures].unsqueeze(1), length_penalty)
+        self.ended = has_ended
+
+    def best(self, n_best: int) -> Captions:
+        _, best = first_largest(self.ranks, n_best)  # (B, N)
+        rows = torch.arange(len(best), device=best.device).unsqueeze(1)
+        return Captions(self.words[rows, best], self.scores[rows, best],
+                        self.log_probs[rows, best], self.alphas[rows, best], self.ended)
+
+
+def first_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of (n, m) and their indices, largest first; of equal ones the
+    first. torch.topk promises no order among equals."""
     top, index = values.topk(min(k + 1, values.shape[1]), dim=1)
-    if (top[:, 1:] == top[:, :-1]).any():
+    has_equals = (top[:, 1:] == top[:, :-1]).any()
+    if has_equals:
         top, index = values.sort(dim=1, descending=True, stable=True)
     return top[:, :k], index[:, :k]
 
 
+# -------------------------------------------------------------------------------------------------
+# The model's own distribution
+
+
 @torch.no_grad()
-def sample(decoder, grid, draws, word_map):
+def sample(decoder, grid: Tensor, draws: Tensor, word_map: dict[str, int]) -> tuple[Tensor, Tensor]:
     """Captions whose every word is drawn from the model's own distribution.
 
     Args:
-        decoder (DecoderWithAttention). grid: (B, h, w, D). word_map (dict).
-        draws: float32 (B, K, T), uniform in [0, 1): what draws the words of K captions per picture, of T steps at most.
+        grid: (B, h, w, D).
+        draws: float32 (B, K, T), uniform in [0, 1): what draws the words of K captions per picture,
+            of T steps at most.
     Returns:
-        captions int64 (B, K, T' + 1), <start> first, <pad> after <end>; caption_lengths int64 (B, K), <start> and <end>
-        counted.
+        captions int64 (B, K, T' + 1), <start> first, <pad> after <end>; caption_lengths int64
+        (B, K), <start> and <end> counted.
     """
-    features, h, c = decoder.start(grid, draws.shape[1])
+    B, K, _ = draws.shape
+    features, h, c = decoder.start(grid, K)
     never = never_generated(word_map, grid.device)
-    captions = [torch.full(draws.shape[:2], word_map[START], device=grid.device)]
-    active = torch.ones_like(captions[0], dtype=torch.bool)
+    words = torch.full((B, K), word_map[START], device=grid.device)
+    captions = [words]
+    is_open = torch.ones_like(words, dtype=torch.bool)
     for draw in draws.unbind(dim=2):
         h, c, _ = decoder.step(features, decoder.embedding(captions[-1]), h, c)
-        cumulative = log_policy(decoder.fc(h), never).exp().cumsum(dim=2)
-        # The first word whose cumulative probability exceeds the draw; the draws are smaller than 1, the sums nearly 1.
-        word = torch.searchsorted(cumulative, draw.unsqueeze(2) * cumulative[:, :, -1:], right=True).squeeze(2)
-        captions.append(word.where(active, word_map[PAD]))
-        active = active & (word != word_map[END])
-        if not active.any():
+        cumulative = log_policy(decoder.fc(h), never).exp().cumsum(dim=2)  # (B, K, V)
+        # The first word whose cumulative probability exceeds the draw; their sum is nearly 1.
+        draw = draw.unsqueeze(2) * cumulative[:, :, -1:]
+        words = torch.searchsorted(cumulative, draw, right=True).squeeze(2)
+        captions.append(words.where(is_open, word_map[PAD]))
+        is_open = is_open & (words != word_map[END])
+        if not is_open.any():
             break
     captions = torch.stack(captions, dim=2)
     return captions, (captions != word_map[PAD]).sum(dim=2)
 
 
-def log_policy(scores, never):
-    """Log-probabilities of the next word in a generated caption.
-
-    Args: scores (..., V). never: of never_generated. Returns: float32 (..., V).
-    """
+def log_policy(scores: Tensor, never: Tensor) -> Tensor:
+    """Log-probabilities of the next word in a generated caption, float32 (..., V), by the scores
+    of all words and those of never_generated."""
     return F.log_softmax(scores.float().index_fill(-1, never, -torch.inf), dim=-1)
 
 
-def never_generated(word_map, device):
-    """The words that no generated caption has: <pad>, <start> and <unk>. Returns: int64 (3,)."""
+def never_generated(word_map: dict[str, int], device: torch.device) -> Tensor:
+    """The words that no generated caption has, int64 (3,): <pad>, <start> and <unk>."""
     return torch.tensor([word_map[PAD], word_map[START], word_map[UNK]], device=device)

@@ -262,7 +262,7 @@ def eval_case(side, device, start, beam_size=5, pictures=64):
             if start == "pixels":
                 grid = torch.cat([runs.encoder(part) for part in images.split(CONFIG.batch_size)])
             found = beam_search(runs.decoder.eval(), grid, beam_size, CONFIG.max_len, word_map)
-            result.extend([word for word in words if word] for words in found.words.tolist())
+            result.extend([word for word in words if word] for words in found.words[:, 0].tolist())
         else:
             for i in range(pictures):
                 grid = encoder(images[i:i + 1]) if start == "pixels" else pool(features[i:i + 1])

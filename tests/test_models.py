@@ -10,8 +10,14 @@ from benchmarks import reference
 from config import Config, UserError
 from datasets import END, PAD, START, UNK
 from backbones import load_resnet
-from decoding import beam_search, first_largest, never_generated
+from decoding import Captions, beam_search, first_largest, never_generated
 from models import DecoderWithAttention, Encoder, pixel_positions
+
+def best_of_search(*args):
+    """Only the best caption of each picture."""
+    found = beam_search(*args)
+    return Captions(*(field[:, 0] for field in found[:4]), found.ended)
+
 
 
 def plain(decoder, word_map=WORD_MAP):
@@ -109,7 +115,7 @@ def test_padding_and_missing_captions_change_nothing(decoder, batch):
 @pytest.mark.parametrize("beam_size, length_penalty", [(1, 0), (2, 0), (3, 0), (20, 0), (1, 1), (3, 1), (5, 0.7)])
 def test_beam_search_equals_one_picture_at_a_time(decoder, beam_size, length_penalty):
     grid = torch.randn(10, 4, 4, D, generator=torch.Generator().manual_seed(2))
-    found = beam_search(decoder, grid, beam_size, 8, WORD_MAP, length_penalty)
+    found = best_of_search(decoder, grid, beam_size, 8, WORD_MAP, length_penalty)
     model, lengths = OnePicture(decoder), set()
     for i in range(len(grid)):
         ids, score, ended, alphas = reference.beam_search(model, grid[i:i + 1], beam_size, 8, WORD_MAP, length_penalty)
@@ -124,7 +130,7 @@ def test_beam_search_equals_one_picture_at_a_time(decoder, beam_size, length_pen
 
 def test_beam_one_is_greedy(decoder):
     grid = torch.randn(5, 4, 4, D, generator=torch.Generator().manual_seed(3))
-    found, never = beam_search(decoder, grid, 1, 8, WORD_MAP), never_generated(WORD_MAP, grid.device)
+    found, never = best_of_search(decoder, grid, 1, 8, WORD_MAP), never_generated(WORD_MAP, grid.device)
     features, h, c = decoder.start(grid, 1)
     word, is_open = torch.full((5, 1), WORD_MAP[START]), torch.ones(5, dtype=torch.bool)
     for searched in found.words.unbind(dim=1):
@@ -143,7 +149,7 @@ def test_wide_beam_equals_brute_force(length_penalty):
     for parameter in decoder.parameters():
         parameter.data.normal_(0, 0.5)
     grid = torch.randn(2, 3, 3, D)
-    found = beam_search(decoder.eval(), grid, 4 ** (max_len + 1), max_len, word_map, length_penalty)
+    found = best_of_search(decoder.eval(), grid, 4 ** (max_len + 1), max_len, word_map, length_penalty)
     every = [words for n in range(max_len + 1) for words in itertools.product(range(1, 5), repeat=n)]
     captions = torch.zeros(1, len(every), max_len + 2, dtype=torch.long)
     for row, words in zip(captions[0], every):
@@ -162,7 +168,7 @@ def test_wide_beam_equals_brute_force(length_penalty):
 def test_a_caption_that_never_ends_is_given_as_far_as_it_goes(decoder):
     decoder.fc.bias.data[WORD_MAP[END]] = -1e4
     grid = torch.randn(2, 4, 4, D)
-    found = beam_search(decoder, grid, 3, 6, WORD_MAP)
+    found = best_of_search(decoder, grid, 3, 6, WORD_MAP)
     assert not found.ended.any() and found.scores.isfinite().all()
     for i in range(2):
         ids, score, ended, _ = reference.beam_search(OnePicture(decoder), grid[i:i + 1], 3, 6, WORD_MAP)
@@ -173,7 +179,7 @@ def test_a_caption_that_never_ends_is_given_as_far_as_it_goes(decoder):
 def test_special_words_are_never_generated(decoder):
     for word in (PAD, START, UNK):
         decoder.fc.bias.data[WORD_MAP[word]] = 1e4
-    found = beam_search(decoder, torch.randn(4, 4, 4, D), 3, 8, WORD_MAP)
+    found = best_of_search(decoder, torch.randn(4, 4, 4, D), 3, 8, WORD_MAP)
     for words, end in zip(found.words.tolist(), found.ended.tolist()):
         caption = words[:words.index(WORD_MAP[END])] if end else words
         assert not {WORD_MAP[PAD], WORD_MAP[START], WORD_MAP[UNK]} & set(caption)
@@ -185,7 +191,7 @@ def test_equal_scores_go_to_the_first(decoder):
         parameter.data.zero_()
     grid = torch.randn(2, 4, 4, D)
     for beam_size in (1, 3):
-        found = beam_search(decoder, grid, beam_size, 3, WORD_MAP)
+        found = best_of_search(decoder, grid, beam_size, 3, WORD_MAP)
         ids = reference.beam_search(OnePicture(decoder), grid[:1], beam_size, 3, WORD_MAP)[0]
         assert found.words[0, :len(ids)].tolist() == ids
     values = torch.tensor([[1.0, 3, 3, 2, 3], [0, 0, 0, 0, 0]])
