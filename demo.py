@@ -14,7 +14,7 @@ from pathlib import Path
 # twice as long beside another program, such as a training. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from utils import UserError, printable, replacing, run, write_text
+from utils import UserError, printable, replacing, run_script, write_text
 
 import torch
 from PIL import Image
@@ -152,4 +152,4 @@ def figure_names(paths):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

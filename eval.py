@@ -12,7 +12,7 @@ import json
 import os
 from pathlib import Path
 
-from utils import UserError, gather_lists, init_distributed, is_first_process, meet_processes, run, write_text
+from utils import UserError, gather_lists, init_distributed, is_first_process, meet_processes, run_script, write_text
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -168,4 +168,4 @@ def score_captions(captions, hypotheses, references, submission, dataset, is_off
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

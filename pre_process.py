@@ -23,7 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from utils import UserError, alone, end_with_parent, need_space, replacing, run, write_text
+from utils import UserError, alone, end_with_parent, need_space, replacing, run_script, write_text
 
 import h5py
 import numpy as np
@@ -497,4 +497,4 @@ def print_counts(split, counts):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

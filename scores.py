@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from utils import UserError, precise, run, write_text
+from utils import UserError, precise, run_script, write_text
 
 import numpy as np
 import torch
@@ -472,4 +472,4 @@ def signature(submission, human, scores):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

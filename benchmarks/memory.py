@@ -30,7 +30,7 @@ from fast.decoder import FastDecoder, kernels  # noqa: E402
 from fast.encoder import FoldedEncoder, Replayed  # noqa: E402
 from fast.graphs import Recorded  # noqa: E402
 from train import make_optimizers, make_scaler, teacher_forced, update  # noqa: E402
-from utils import UserError, get_device, precisions, run  # noqa: E402
+from utils import UserError, get_device, precisions, run_script  # noqa: E402
 
 CARDS = 8, 16, 24, 80  # GiB
 CONTEXT = 0.75  # GiB that CUDA, cuDNN and cuBLAS take before the first tensor; a screen takes more
@@ -146,4 +146,4 @@ def counting():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -45,7 +45,7 @@ from fast.decoder import pool_matrix  # noqa: E402
 from fast.features import keep_features  # noqa: E402
 from decoding import generate, log_policy, never_generated  # noqa: E402
 from scores import attention_entropy  # noqa: E402
-from utils import UserError, run, subcommand, write_text  # noqa: E402
+from utils import UserError, run_script, subcommand, write_text  # noqa: E402
 
 NOTE = ("It has seen 7,000 photographs (Flickr8k-CN's train and valid): people, dogs, sports, beaches, snow. All else "
         "it calls by the name of what it knows. Photographs and captions: for research; its encoder, timm's "
@@ -552,4 +552,4 @@ def draw(found, path):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

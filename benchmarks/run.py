@@ -58,7 +58,7 @@ from scores import score  # noqa: E402
 from self_critical import SelfCritical, draws_of_step  # noqa: E402
 from train import (Averages, Progress, Sums, counts_of, make_optimizers, make_scaler, mixed_precision, parameters,  # noqa: E402
                    prepare, teacher_forced, train_one_epoch, validate)
-from utils import UserError, get_device, keep_freed_memory, run  # noqa: E402
+from utils import UserError, get_device, keep_freed_memory, run_script  # noqa: E402
 
 CONFIG = Config(encoder_weights="none", dropout=0.0)  # dropout draws other numbers on each side
 PICTURES, K, TOKENS, V = dict(cpu=12, cuda=CONFIG.batch_size), CONFIG.captions_per_image, (10, 21), 9000
@@ -683,4 +683,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -28,7 +28,7 @@ from config import get_config, new_parser, parse_args  # noqa: E402
 from datasets import CaptionDataset, load_word_map, tokenize_references  # noqa: E402
 from models import build_models  # noqa: E402
 from scores import score  # noqa: E402
-from utils import UserError, run, subcommand, write_text  # noqa: E402
+from utils import UserError, run_script, subcommand, write_text  # noqa: E402
 
 DRAWS = 5  # of random captions
 CANDIDATES, PICTURES = 50, 500  # the single best caption is sought among the most frequent, on so many pictures
@@ -127,4 +127,4 @@ def curves(argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

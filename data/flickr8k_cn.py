@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where config.
 from config import new_parser  # noqa: E402
 from datasets import normalise  # noqa: E402
 from pre_process import SPLITS, is_file_name  # noqa: E402
-from utils import UserError, alone, run  # noqa: E402
+from utils import UserError, alone, run_script  # noqa: E402
 
 PICTURES, CAPTIONS = "Flicker8k_Dataset", "flickr8kzhc.caption.txt"
 LISTS = {"train": "flickr8ktrain.txt", "valid": "flickr8kval.txt", "test_a": "flickr8ktest.txt"}
@@ -211,4 +211,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -36,7 +36,7 @@ from datasets import (  # noqa: E402
     open_picture,
 )
 from pre_process import SPLITS, is_file_name, is_of_macos  # noqa: E402
-from utils import UserError, printable, run, write_text  # noqa: E402
+from utils import UserError, printable, run_script, write_text  # noqa: E402
 
 # What headers call their columns, in small letters, without digits and signs
 FILE_WORDS = set("file filename filepath image images imageid imagename imagefile imagepath img "
@@ -461,4 +461,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where config.py is
 
 from config import fail, new_parser  # noqa: E402
-from utils import UserError, alone, end_with_parent, replacing, run  # noqa: E402
+from utils import UserError, alone, end_with_parent, replacing, run_script  # noqa: E402
 from tqdm import tqdm  # noqa: E402, after utils
 
 SPLITS = {"train": ("train", "20170902"), "valid": ("validation", "20170910"), "test_a": ("test_a", "20180103")}
@@ -611,4 +611,4 @@ def draw_set(args):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

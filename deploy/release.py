@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scr
 
 from checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from config import Config, new_parser  # noqa: E402
-from utils import UserError, run  # noqa: E402
+from utils import UserError, run_script  # noqa: E402
 
 OF_THIS_MACHINE = ("data_dir", "model_dir", "log_dir", "cache_features", "workers")
 
@@ -66,4 +66,4 @@ def halved(tensor):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

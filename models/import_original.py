@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scr
 from config import CHECKPOINT_VERSION, Config, new_parser  # noqa: E402
 from datasets import check_word_map  # noqa: E402
 from models import build_models  # noqa: E402
-from utils import UserError, check_members, replacing, run  # noqa: E402
+from utils import UserError, check_members, replacing, run_script  # noqa: E402
 
 # torch.load(weights_only=True) cannot read them, whatever is allowed: before 1.6 PyTorch stored a module's class with
 # its source, which it rejects. These are the names that such a pickle may use; none of them is ever looked up.
@@ -184,4 +184,4 @@ def module_state(module, storages):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

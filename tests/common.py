@@ -35,7 +35,7 @@ def call(main, *flags, check=0):
     with mock.patch("sys.argv", ["script", *map(str, flags)]), contextlib.redirect_stdout(out), \
             contextlib.redirect_stderr(err):
         try:
-            utils.run(main)
+            utils.run_script(main)
         except SystemExit as exit:
             code = exit.code
     for number, handler in handlers.items():

@@ -85,7 +85,7 @@ def test_several_processes_save_when_they_are_told_to_stop_in_validation(tiny_fl
             "    return generate(*args, **keywords)\n"
             "train.generate = slow\n"
             "train.for_validation = lambda config, device: dataclasses.replace(config, batch_size=1)\n"
-            "utils.run(train.main)\n")
+            "utils.run_script(train.main)\n")
     (tmp_path / "slow.py").write_text(code)
     process = subprocess.Popen([sys.executable, "-u", "-m", "torch.distributed.run", "--standalone",
                                 "--nproc_per_node=2", tmp_path / "slow.py", *given], stdout=subprocess.PIPE,
@@ -143,7 +143,7 @@ def test_ctrl_c_while_packages_are_imported_needs_no_traceback(name):
 
 
 def test_a_reader_that_has_seen_enough_needs_no_traceback():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import utils; utils.run(lambda: print('caption'))"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import utils; utils.run_script(lambda: print('caption'))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.wait() == 128 + signal.SIGPIPE and not process.stderr.read()
