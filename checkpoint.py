@@ -1,5 +1,4 @@
-"""Checkpoints: tensors and plain containers only, written whole or not at all; one way to read them.
-"""
+"""Checkpoints: tensors and plain containers only, written whole or not at all, read in one way."""
 import io
 import os
 import re

@@ -1,5 +1,6 @@
 """Pixels, words, and batches."""
 import dataclasses
+import doctest
 import json
 import marshal
 import os
@@ -11,8 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
-import time
-from pathlib import Path
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -22,17 +22,25 @@ from common import ROOT, files_under
 from PIL import EpsImagePlugin, Image
 from torch.utils.data._utils import signal_handling
 
+import datasets
+import models
 from config import get_config
-from datasets import (PICTURE_FORMATS, PICTURE_SUFFIXES, BadPicture, BatchSampler, CaptionDataset, build_word_map,
-                      decode_caption, draft_size, kind_of, encode_caption, largest_batch_size, load_word_map,
-                      make_loader, normalise, open_picture, read_image, short_names, tokenize, word_list)
+from datasets import (PICTURE_FORMATS, PICTURE_SUFFIXES, BadPicture, BatchSampler, CaptionDataset,
+                      build_word_map, decode_caption, draft_size, encode_caption, kind_of,
+                      largest_batch_size, load_word_map, make_loader, normalise, open_picture,
+                      read_image, short_names, tokenize, word_list)
 from pre_process import SPLITS
 from utils import UserError, replacing, write_text
 
-RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("module", [datasets, models], ids=lambda module: module.__name__)
+def test_the_examples_of_docstrings(module):
+    assert doctest.testmod(module).failed == 0
+
+
+# -------------------------------------------------------------------------------------------------
 # Pixels
 
 
@@ -67,18 +75,16 @@ PICTURES = {  # how it is saved, the colour that it must give, tolerance
     "gray.png": (plain("L", 77), (77, 77, 77), 0),
     "palette.png": (palette(GREEN, RED), GREEN, 0),
     "clear_palette.png": (palette(RED, GREEN, transparency=0), WHITE, 0),
-    "half_clear_palette.png": (palette(RED, GREEN, transparency=bytes([128, 255])), (255, 127, 127), 1),
+    "half_clear_palette.png": (palette(RED, GREEN, transparency=bytes([128, 255])),
+                               (255, 127, 127), 1),
     "clear_rgb.png": (plain("RGB", (9, 8, 7), transparency=(9, 8, 7)), WHITE, 0),
-    "rgba.png": (plain("RGBA", (*RED, 0)), WHITE, 0),
     "half_rgba.png": (plain("RGBA", (*BLUE, 128)), (127, 127, 255), 1),
     "half_la.png": (plain("LA", (0, 128)), (127, 127, 127), 1),
     "cmyk.jpg": (plain("CMYK", (0, 255, 255, 0), quality=100), RED, 3),
     "sixteen_bits.png": (sixteen_bits(128 * 257), (128, 128, 128), 1),
     "sixteen_bits_dark.png": (sixteen_bits(300), (1, 1, 1), 1),  # where clipping would give white
-    "sixteen_bits.pgm": (lambda path: path.write_bytes(b"P5 4 4 65535\n" + b"\x80\x80" * 16), (128, 128, 128), 1),
-    "floats.tif": (plain("F", 0.5), (127, 127, 127), 1),  # where clipping would give black
-    "floats_to_255.tif": (plain("F", 77), (77, 77, 77), 1),
-    "thirty_two_bits_to_255.tif": (plain("I", 77), (77, 77, 77), 1),
+    "sixteen_bits.pgm": (lambda path: path.write_bytes(b"P5 4 4 65535\n" + b"\x80\x80" * 16),
+                         (128, 128, 128), 1),
     "animation.gif": (animation, RED, 0),
 }
 
@@ -92,73 +98,63 @@ def test_every_kind_of_picture_gives_its_colours(name, tmp_path):
     assert np.abs(pixels.astype(int) - colour).max() <= tolerance
 
 
-@pytest.mark.parametrize("number", [np.float32, np.int32])
-@pytest.mark.parametrize("low, high", [(0, 65535), (0, 4095), (-400, 8800), (2800, 3100), (-3e5, -2e5)])
-def test_what_was_measured_is_shown_from_its_lowest_to_its_highest(low, high, number, tmp_path):
-    measured = np.linspace(low, high, 64).reshape(8, 8).astype(number)
-    Image.fromarray(measured).save(tmp_path / "measured.tif")
-    shades = read_image(tmp_path / "measured.tif", 8)[..., 0].flatten().astype(int)
-    assert np.abs(shades - np.linspace(0, 255, 64)).max() <= 5
-
-
-def test_a_number_that_is_not_finite_spoils_no_other(tmp_path):
-    measured = np.full((8, 8), 0.5, np.float32)
-    measured[0, :3] = np.nan, np.inf, -np.inf
-    Image.fromarray(measured).save(tmp_path / "measured.tif")
-    assert sorted(read_image(tmp_path / "measured.tif", 8)[..., 0].flatten()) == [0] * 3 + [127] * 61
-
-
 def test_every_suffix_of_the_formats_is_known():
-    suffixes = Image.registered_extensions()
-    assert {suffixes[suffix] for suffix in PICTURE_SUFFIXES} == set(PICTURE_FORMATS)
-    others = {suffix for suffix, name in suffixes.items() if name in PICTURE_FORMATS} - {*PICTURE_SUFFIXES}
-    assert others == {".apng", ".pfm"}  # no photographs
+    format_of = Image.registered_extensions()
+    assert {format_of[suffix] for suffix in PICTURE_SUFFIXES} == set(PICTURE_FORMATS)
+    suffixes = {suffix for suffix, name in format_of.items() if name in PICTURE_FORMATS}
+    assert suffixes - {*PICTURE_SUFFIXES} == {".apng", ".pfm"}  # no photographs
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P", "I;16"])
 @pytest.mark.parametrize("orientation, upright", [
     (1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)), (4, np.flipud),
-    (5, lambda a: a.swapaxes(0, 1)), (6, lambda a: np.rot90(a, -1)), (7, lambda a: np.rot90(a, 2).swapaxes(0, 1)),
-    (8, np.rot90)])
+    (5, lambda a: a.swapaxes(0, 1)), (6, lambda a: np.rot90(a, -1)),
+    (7, lambda a: np.rot90(a, 2).swapaxes(0, 1)), (8, np.rot90)])
 def test_a_picture_is_turned_upright(mode, orientation, upright, tmp_path):
     shades = np.random.default_rng(0).integers(0, 256, (32, 32), np.uint8)
-    picture = Image.fromarray(shades * np.uint16(257) if mode == "I;16" else shades)
-    picture = picture if mode == "I;16" else picture.convert(mode)
+    if mode == "I;16":
+        picture = Image.fromarray(shades * np.uint16(257))
+    else:
+        picture = Image.fromarray(shades).convert(mode)
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture.save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(read_image(tmp_path / "turned.png", 32), upright(np.stack([shades] * 3, axis=-1)))
+    expected = upright(np.stack([shades] * 3, axis=-1))
+    assert np.array_equal(read_image(tmp_path / "turned.png", 32), expected)
 
 
 TEXT, SHORT, SIGNED = 2, 3, 10  # EXIF's types; SIGNED is a quotient
 
 
 def exif(*entries):
-    """EXIF data as a camera writes it, sound or not. Args: entries: (tag, type, count, 4 bytes). Returns: bytes."""
+    """EXIF data as a camera writes it, sound or not; each entry: tag, type, count, 4 bytes."""
     packed = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
     return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + packed + bytes(4)
 
 
+TURNED = (0x0112, SHORT, 1, b"\6\0")
+
+
 @pytest.mark.parametrize("data, is_turned", [
-    (exif((0x0112, SHORT, 1, b"\6\0"), (0x011a, SIGNED, 1, b"\x26")) + b"\xff" * 4 + bytes(4), True),  # -1 / 0
-    (exif((0x0112, SHORT, 1, b"\6\0"), (0x011a, SIGNED, 1, b"\xff\xff")), True),  # its value is nowhere
+    (exif(TURNED, (0x011a, SIGNED, 1, b"\x26")) + b"\xff" * 4 + bytes(4), True),  # -1 / 0
+    (exif(TURNED, (0x011a, SIGNED, 1, b"\xff\xff")), True),  # its value is nowhere
     (exif((0x0112, TEXT, 2, b"6\0")), False),
     (exif((0x0112, SIGNED, 1, b"\x1a")) + bytes(8), False),
     (exif((0x0112, SHORT, 1, b"\x09\0")), False),
-    (exif((0x0112, SHORT, 1, b"\0\0")), False),
     (exif()[:-6], False),
     (b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", False),
     (b"Exif\0\0no such thing", False),
-], ids=range(9))
+], ids=range(8))
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_of_exif_only_the_orientation_counts_and_only_if_it_is_sound(data, is_turned, form, tmp_path):
+def test_of_exif_only_the_orientation_counts_and_only_if_it_is_sound(
+        data, is_turned, form, tmp_path):
     picture = Image.new("RGB", (200, 100), RED)
     picture.paste(BLUE, (100, 0, 200, 100))
     path = tmp_path / "photo.jpg"
     picture.save(path, form, exif=data)
     whole = np.asarray(open_picture(path))
     assert whole.shape == ((200, 100, 3) if is_turned else (100, 200, 3))
-    for pixels in (whole, read_image(path, 32), read_image(path, 512)):  # a JPEG decoded small, and not
+    for pixels in (whole, read_image(path, 32), read_image(path, 512)):  # a JPEG decoded small, not
         height, width, _ = pixels.shape
         upper_right = pixels[height // 4, 3 * width // 4].astype(int)
         assert np.abs(upper_right - (RED if is_turned else BLUE)).max() < 5
@@ -172,35 +168,45 @@ def test_a_picture_is_squeezed_into_the_square_whole(tmp_path):
     assert (pixels[:, :24] == RED).all() and (pixels[:, 26:] == BLUE).all()
 
 
-def photograph(width, height, seed=0):
-    """A picture with the spectrum and the contrast between neighbours of a photograph. Returns: PIL.Image, RGB."""
-    rng = np.random.default_rng(seed)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width) * width)
-    planes = [np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / np.maximum(frequency, 1) ** 1.4,
-                            (height, width)) for _ in range(4)]
+def photograph(width, height):
+    """A picture with the spectrum and the contrast between neighbours of a photograph."""
+    rng = np.random.default_rng(0)
+    rows = np.fft.fftfreq(height)[:, None] * height
+    frequency = np.hypot(rows, np.fft.rfftfreq(width) * width)
+    planes = []
+    for _ in range(4):
+        spectrum = np.fft.rfft2(rng.standard_normal((height, width)))
+        planes.append(np.fft.irfft2(spectrum / np.maximum(frequency, 1) ** 1.4, (height, width)))
     pixels = np.stack([planes[0] + 0.4 * plane for plane in planes[1:]], axis=-1)
     return Image.fromarray((128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
 
 
-@pytest.mark.parametrize("mode, keywords", [
-    ("RGB", {}), ("RGB", dict(progressive=True)), ("CMYK", {}), ("RGB", dict(orientation=6))], ids=str)
+@pytest.mark.parametrize("mode, orientation, keywords", [
+    ("RGB", 1, {}), ("RGB", 1, dict(progressive=True)), ("CMYK", 1, {}), ("RGB", 6, {})], ids=str)
 @pytest.mark.parametrize("size, side, reduction", [
     ((331, 240), 100, 1), ((335, 501), 128, 2), ((357, 269), 33, 4), ((607, 811), 37, 8)])
-def test_a_large_jpeg_looks_the_same_decoded_small(mode, keywords, size, side, reduction, tmp_path):
-    keywords, exif = dict(keywords), Image.Exif()
-    exif[0x0112] = keywords.pop("orientation", 1)
-    photograph(*size).convert(mode).save(tmp_path / "photo.jpg", exif=exif, quality=90, **keywords)
+def test_a_large_jpeg_looks_the_same_decoded_small(
+        mode, orientation, keywords, size, side, reduction, tmp_path):
+    path = tmp_path / "photo.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photograph(*size).convert(mode).save(path, exif=exif, quality=90, **keywords)
     assert draft_size(size, side) == (size[0] // reduction, size[1] // reduction)
-    whole, pixels = open_picture(tmp_path / "photo.jpg"), read_image(tmp_path / "photo.jpg", side)
-    assert whole.size == (size[::-1] if exif[0x0112] == 6 else size) and pixels.shape == (side, side, 3)
+    whole, pixels = open_picture(path), read_image(path, side)
+    assert whole.size == (size[::-1] if orientation == 6 else size)
     expected = np.asarray(whole.resize((side, side), Image.Resampling.BILINEAR))
     assert np.abs(pixels.astype(float) - expected).mean() < 1
 
 
-def noise(path, **keywords):
+def noise(path):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    Image.fromarray(pixels).save(path, **keywords)
+    Image.fromarray(pixels).save(path)
     return path.read_bytes()
+
+
+def cut_short_and_large(path):
+    photograph(800, 600).save(path)
+    path.write_bytes(path.read_bytes()[:-9000])
 
 
 BROKEN = {
@@ -209,7 +215,7 @@ BROKEN = {
     "folder.jpg": lambda path: path.mkdir(),
     "text.jpg": lambda path: path.write_text("<html>404 Not Found</html>"),
     "cut_short.jpg": lambda path: path.write_bytes(noise(path)[:-800]),
-    "cut_short_large.jpg": lambda path: (photograph(800, 600).save(path), path.write_bytes(path.read_bytes()[:-9000])),
+    "cut_short_large.jpg": cut_short_and_large,
     "cut_short.png": lambda path: path.write_bytes(noise(path)[:-800]),
     "flipped.png": lambda path: path.write_bytes(noise(path)[:500] + bytes(100) + noise(path)[600:]),
 }
@@ -221,32 +227,25 @@ def test_a_broken_picture_is_named(name, tmp_path):
     with pytest.raises(BadPicture) as error:
         read_image(tmp_path / name, 32)
     message = str(error.value)
-    assert message.startswith(f"{tmp_path / name}: ") and message.count(name) == 1 and "\n" not in message
+    assert message.startswith(f"{tmp_path / name}: ") and message.count(name) == 1
+    assert "\n" not in message
 
 
-def oversized(save, offset, form):
-    """Saves a small picture whose header says that it is 60,000 pixels wide and high."""
-    def write(path):
-        save(path)
-        content = bytearray(path.read_bytes())
-        struct.pack_into(form, content, offset(content), 60_000, 60_000)
-        path.write_bytes(content)
-    return write
-
-
-@pytest.mark.parametrize("name, save", [
-    ("bomb.gif", oversized(palette(RED), lambda content: 6, "<HH")),
-    ("bomb.bmp", oversized(plain("RGB", RED), lambda content: 18, "<ii")),
-    ("bomb.jpg", oversized(plain("RGB", RED), lambda content: content.index(b"\xff\xc0") + 5, ">HH")),
-], ids=lambda value: value if isinstance(value, str) else "")
-def test_a_bomb_is_refused_before_it_is_decoded(name, save, tmp_path):
-    save(tmp_path / name)
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+@pytest.mark.parametrize("name, offset, form", [
+    ("bomb.gif", lambda content: 6, "<HH"), ("bomb.bmp", lambda content: 18, "<ii"),
+    ("bomb.jpg", lambda content: content.index(b"\xff\xc0") + 5, ">HH")])
+def test_a_bomb_is_refused_before_it_is_decoded(name, offset, form, tmp_path):
+    """A small file whose header says that it is 60,000 pixels wide and high."""
+    Image.new("RGB", (8, 8), RED).save(tmp_path / name)
+    content = bytearray((tmp_path / name).read_bytes())
+    struct.pack_into(form, content, offset(content), 60_000, 60_000)
+    (tmp_path / name).write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for open_it in (open_picture, lambda path: read_image(path, 32)):
         with pytest.raises(BadPicture, match="decompression bomb"):
             open_it(tmp_path / name)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB; decoded it is gigabytes
-    assert time.perf_counter() - started < 5
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert taken < 100_000  # KB; decoded it is gigabytes
 
 
 def test_a_picture_runs_no_program(tmp_path, monkeypatch):
@@ -263,8 +262,9 @@ def test_a_picture_runs_no_program(tmp_path, monkeypatch):
 def test_training_and_demo_see_the_same_pixels(tiny):
     dataset = CaptionDataset(config_of(tiny), "train")
     given = dataset[list(range(len(dataset)))][0].numpy()
+    folder = tiny / SPLITS["train"][0] / SPLITS["train"][1]
     for image_id, pixels in zip(dataset.image_ids, given, strict=True):
-        assert np.array_equal(read_image(tiny / SPLITS["train"][0] / SPLITS["train"][1] / image_id, 64), pixels)
+        assert np.array_equal(read_image(folder / image_id, 64), pixels)
 
 
 @pytest.mark.parametrize("file_names, expected", [
@@ -276,15 +276,13 @@ def test_training_and_demo_see_the_same_pixels(tiny):
 ])
 def test_pictures_are_named_by_their_files(file_names, expected):
     assert short_names(file_names, prefix="image_") == expected
-    assert len(set(expected)) == len(set(file_names))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Words
 
 
 @pytest.mark.parametrize("caption, words", [
-    ("一个男人在打篮球", ["一个", "男人", "在", "打篮球"]),
     ("一个 男人\t在\u3000打篮球\n。", ["一个", "男人", "在", "打篮球"]),
     ("。。", []),
     ("", []),
@@ -296,33 +294,38 @@ def test_tokenize(caption, words):
     assert tokenize(caption) == words
 
 
-@pytest.mark.parametrize("nothing", [" ", "\n", "\u3000", "\0", "\x1b", "\ud83d", "\u200b", "\u200d", "\ufeff",
-                                     "\u00ad", "\ufe0f", "\U000e0100", "\u2028\u200b "], ids=ascii)
+@pytest.mark.parametrize("nothing", [
+    " ", "\n", "\u3000", "\0", "\x1b", "\ud83d", "\u200b", "\u200d", "\ufeff", "\u00ad", "\ufe0f",
+    "\U000e0100", "\u2028\u200b "], ids=ascii)
 def test_what_nobody_sees_is_no_word_and_parts_none(nothing):
     caption = "水里有3个穿着T恤的男人，在打篮球"
     assert tokenize(nothing.join(["", *caption, "。", ""])) == tokenize(caption)
     assert normalise(nothing) == normalise(f"{nothing}。{nothing}") == ""
 
 
-LOOKS = "import datasets; print(datasets.kind_of('跑步'), datasets.tokenize('一个男人在打篮球'))"
+@pytest.mark.parametrize("caption", ["一個男人騎著馬在沙灘上", "😀👍🏽", "<start><end><pad>",
+                                     "1,000 % (x)", "café \ue000 ×𠀀ｶﾞ"])
+def test_tokenize_keeps_every_character_that_is_seen_but_the_full_stop(caption):
+    assert "".join(tokenize(caption)) == "".join(caption.split())
 
 
 def test_a_cache_of_jieba_is_neither_read_nor_written(tmp_path):
-    (tmp_path / "jieba.cache").write_bytes(marshal.dumps(({"男": 0, "男人": 0, "男人在": 10 ** 9}, 10 ** 9)))
+    other_words = {"男": 0, "男人": 0, "男人在": 10 ** 9}, 10 ** 9
+    (tmp_path / "jieba.cache").write_bytes(marshal.dumps(other_words))
     before = files_under(tmp_path)
-    for _ in "12":
-        done = subprocess.run([sys.executable, "-c", LOOKS], cwd=ROOT, capture_output=True, encoding="utf-8",
-                              env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONIOENCODING": "utf-8"}, timeout=300)
-        assert done.stdout.strip() == "noun ['一个', '男人', '在', '打篮球']", done.stderr
-        assert files_under(tmp_path) == before
-        before = {}
-        (tmp_path / "jieba.cache").unlink(missing_ok=True)
+    code = "import datasets as d; print(d.kind_of('跑步'), d.tokenize('一个男人在打篮球'))"
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                          encoding="utf-8", env=environment, timeout=300)
+    assert done.stdout.strip() == "noun ['一个', '男人', '在', '打篮球']", done.stderr
+    assert files_under(tmp_path) == before
 
 
-@pytest.mark.parametrize("caption", ["一個男人騎著馬在沙灘上", "😀👍🏽", "<start><end><pad>", "1,000 % (x)",
-                                     "café \ue000 ×𠀀ｶﾞ"])
-def test_tokenize_keeps_every_character_that_is_seen_but_the_full_stop(caption):
-    assert "".join(tokenize(caption)) == "".join(caption.split())
+def test_kinds_of_words():
+    kinds = {"noun": "狗 房子 草地 夜晚 词", "verb": "跑 玩耍 穿着",
+             "colour or number": "红色 两个 一群", "function word": "的 在 是 ，"}
+    for kind, words in kinds.items():
+        assert {kind_of(word) for word in words.split()} == {kind}
 
 
 def test_word_map_goes_by_frequency_then_by_code_point():
@@ -332,39 +335,34 @@ def test_word_map_goes_by_frequency_then_by_code_point():
     assert word_map == {word: number for number, word in enumerate(expected)}
     assert list(word_map) == word_list(word_map) == expected
     assert list(build_word_map(reversed(captions), 1)) == expected
-    assert word_list(build_word_map(captions, 2)) == ["<pad>", "狗", "a", "猫", "<unk>", "<start>", "<end>"]
-    assert word_list(build_word_map([["<unk>", "狗", "<pad>"]], 1)) == ["<pad>", "狗", "<unk>", "<start>", "<end>"]
+    special = build_word_map([["<unk>", "狗", "<pad>"]], 1)
+    assert word_list(special) == ["<pad>", "狗", "<unk>", "<start>", "<end>"]
 
 
 def test_words_to_ids_and_back():
     word_map = build_word_map([["一", "只", "狗"]], 1)
-    words, (start, end, unknown) = word_list(word_map), (word_map[word] for word in ("<start>", "<end>", "<unk>"))
-    ids, length = encode_caption(["一", "只", "猫"], word_map, 5)
-    assert ids.tolist() == [start, word_map["一"], word_map["只"], unknown, end, 0, 0] and length == 5
-    assert decode_caption(ids, words) == ["一", "只", "<unk>"]
-    assert decode_caption(torch.from_numpy(ids), words) == ["一", "只", "<unk>"]
-
-    ids, length = encode_caption(["狗"] * 9, word_map, 5)
-    assert ids.tolist() == [start, *[word_map["狗"]] * 5, 0] and length == 6, "cut in mid-sentence, it does not end"
-    assert decode_caption(ids, words) == ["狗"] * 5
-    ids, length = encode_caption(["狗"] * 5, word_map, 5)
-    assert ids.tolist() == [start, *[word_map["狗"]] * 5, end] and length == 7
-
-    ids, length = encode_caption([], word_map, 5)
-    assert ids.tolist() == [start, end, 0, 0, 0, 0, 0] and length == 2
-    assert decode_caption(ids, words) == []
-    assert decode_caption([word_map["狗"], end, word_map["狗"], end], words) == ["狗"]
+    words = word_list(word_map)
+    start, end, unknown, dog = (word_map[word] for word in ("<start>", "<end>", "<unk>", "狗"))
+    for tokens, expected, length in (
+            (["狗", "猫"], [start, dog, unknown, end, 0, 0, 0], 4),
+            (["狗"] * 5, [start, *[dog] * 5, end], 7),
+            (["狗"] * 9, [start, *[dog] * 5, 0], 6),  # cut in mid-sentence, it does not end
+            ([], [start, end, 0, 0, 0, 0, 0], 2)):
+        ids, found_length = encode_caption(tokens, word_map, 5)
+        assert ids.tolist() == expected and found_length == length
+        known = [word if word in word_map else "<unk>" for word in tokens[:5]]
+        assert decode_caption(ids, words) == decode_caption(torch.from_numpy(ids), words) == known
+    assert decode_caption([dog, end, dog, end], words) == ["狗"]
 
 
 SPECIAL = {"<pad>": 0, "<unk>": 1, "<start>": 2, "<end>": 3}
 
 
 @pytest.mark.parametrize("content", [
-    None, "", "{", "[]", "{}", b"\xff\xfe{}",
-    json.dumps({**SPECIAL, "狗": 5}), json.dumps({**SPECIAL, "狗": 3}), json.dumps({**SPECIAL, "狗": -1}),
-    json.dumps({**SPECIAL, "狗": "4"}), json.dumps({**SPECIAL, "狗": 4.0}), json.dumps({**SPECIAL, "<unk>": True}),
+    None, "", "{", "[]", "{}", b"\xff\xfe{}", json.dumps({**SPECIAL, "狗": 5}),
+    json.dumps({**SPECIAL, "狗": 3}), json.dumps({**SPECIAL, "狗": "4"}),
     json.dumps({"狗": 0, "<pad>": 1, "<unk>": 2, "<start>": 3, "<end>": 4}),
-    json.dumps({"<pad>": 0, "<unk>": 1, "<start>": 2}),
+    json.dumps({"<pad>": 0, "<unk>": 1, "<start>": 2}), json.dumps({**SPECIAL, "\x1b[31m": 4}),
 ], ids=lambda content: repr(content)[:50])
 def test_a_damaged_or_missing_word_map_is_a_users_error(content, tmp_path):
     path = tmp_path / "WORDMAP.json"
@@ -375,12 +373,13 @@ def test_a_damaged_or_missing_word_map_is_a_users_error(content, tmp_path):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The data files
 
 
 def config_of(folder, **settings):
-    return get_config(flags=dict(data_dir=str(folder), image_size=64, batch_size=4, workers=0, **settings))
+    settings = dict(image_size=64, batch_size=4, workers=0) | settings
+    return get_config(flags=dict(data_dir=str(folder), **settings))
 
 
 @pytest.fixture
@@ -394,8 +393,9 @@ def folder(tiny, tmp_path):
 def test_a_batch_holds_pictures_with_all_their_captions(tiny):
     word_map = load_word_map(tiny)
     dataset = CaptionDataset(config_of(tiny), "train", word_map)
+    annotations = tiny / SPLITS["train"][0] / SPLITS["train"][2]
+    entries = json.loads(annotations.read_text("utf-8"))
     assert len(dataset) == 12
-    entries = json.loads((tiny / SPLITS["train"][0] / SPLITS["train"][2]).read_text("utf-8"))
     assert dataset.image_ids == [entry["image_id"] for entry in entries]
     assert dataset.raw_captions == [entry["caption"] for entry in entries]
 
@@ -405,8 +405,8 @@ def test_a_batch_holds_pictures_with_all_their_captions(tiny):
     assert rows.tolist() == [7, 2, 2] and lengths.shape == (3, 5)
     assert captions.shape == (3, 5, lengths.max())
     assert torch.equal(images[1], images[2]) and not torch.equal(images[0], images[1])
-    for row, picture, picture_lengths in zip(rows, captions, lengths):
-        for caption, length, sentence in zip(picture, picture_lengths, entries[row]["caption"]):
+    for i, row in enumerate(rows):
+        for caption, length, sentence in zip(captions[i], lengths[i], entries[row]["caption"]):
             assert decode_caption(caption, word_list(word_map)) == tokenize(sentence)
             assert length == len(tokenize(sentence)) + 2
             assert caption[0] == word_map["<start>"] and caption[length - 1] == word_map["<end>"]
@@ -415,16 +415,17 @@ def test_a_batch_holds_pictures_with_all_their_captions(tiny):
 
 def test_workers_give_the_batches_that_the_process_itself_gives(tiny):
     dataset = CaptionDataset(config_of(tiny), "train", load_word_map(tiny))
-    alone = make_loader(dataset, config_of(tiny), shuffle=True)
-    helped = make_loader(dataset, get_config(flags=dict(vars(config_of(tiny)), workers=2)), shuffle=True)
+    alone = make_loader(dataset, config_of(tiny), training=True)
+    helped = make_loader(dataset, config_of(tiny, workers=2), training=True)
     for epoch in (0, 1):
         alone.sampler.epoch = helped.sampler.epoch = epoch
         expected, given = list(alone), list(helped)
         assert len(given) == len(expected) == 3
-        assert all(torch.equal(a, b) for one, other in zip(expected, given) for a, b in zip(one, other))
+        for one, other in zip(expected, given):
+            assert all(map(torch.equal, one, other))
     pickled = pickle.dumps(dataset)  # as workers are started on macOS and Windows
     assert len(pickled) < 12 * 64 * 64 * 3 / 2, "it carries no pixels"
-    assert all(torch.equal(a, b) for a, b in zip(dataset[[0, 5]], pickle.loads(pickled)[[0, 5]]))
+    assert all(map(torch.equal, dataset[[0, 5]], pickle.loads(pickled)[[0, 5]]))
 
 
 def remake(name, change):
@@ -436,31 +437,32 @@ def remake(name, change):
     return damage
 
 
+def fill(name, value):
+    def damage(file):
+        file[name][...] = value
+    return damage
+
+
 DAMAGE = {
-    **{f"no {name}": lambda file, name=name: file.pop(name) for name in (
-        "images", "captions", "caption_lengths", "image_ids", "raw_captions")},
+    "no captions": lambda file: file.pop("captions"),
     "no attributes": lambda file: [file.attrs.pop(name) for name in list(file.attrs)],
-    "a group": lambda file: (file.pop("captions"), file.create_group("captions")),
     "floats": remake("images", lambda data: dict(data=data.astype(np.float32))),
-    "wide ids": remake("captions", lambda data: dict(data=data.astype(np.int64))),
     "chunks": remake("images", lambda data: dict(data=data, chunks=(1, 64, 64, 3))),
     "fewer pictures": remake("images", lambda data: dict(data=data[:-1])),
-    "smaller pictures": remake("images", lambda data: dict(data=data[:, :32])),
     "shorter captions": remake("captions", lambda data: dict(data=data[:, :, :-1])),
-    "fewer lengths": remake("caption_lengths", lambda data: dict(data=data[:, :-1])),
     "another image size": lambda file: file.attrs.update(image_size=32),
     "a newer format": lambda file: file.attrs.update(format_version=99),
-    "lengths out of range": lambda file: file["caption_lengths"].write_direct(np.full((4, 5), 99, np.int32)),
-    "a start without an end": lambda file: file["caption_lengths"].write_direct(np.full((4, 5), 1, np.int32)),
-    "negative lengths": lambda file: file["caption_lengths"].write_direct(np.full((4, 5), -1, np.int32)),
-    "an id out of range": lambda file: file["captions"].write_direct(np.full((4, 5, 42), 9999, np.int32)),
-    "negative ids": lambda file: file["captions"].write_direct(np.full((4, 5, 42), -1, np.int32)),
+    "lengths out of range": fill("caption_lengths", 99),
+    "a start without an end": fill("caption_lengths", 1),
+    "negative lengths": fill("caption_lengths", -1),
+    "an id out of range": fill("captions", 9999),
+    "negative ids": fill("captions", -1),
 }
 
 
 def refused(folder, *words, **settings):
     with pytest.raises(UserError) as error:
-        CaptionDataset(get_config(flags={**vars(config_of(folder)), **settings}), "valid", load_word_map(folder))
+        CaptionDataset(config_of(folder, **settings), "valid", load_word_map(folder))
     for word in (folder / "valid.h5", "pre_process.py", *words):
         assert str(word) in str(error.value)
     assert "\n" not in str(error.value)
@@ -471,18 +473,6 @@ def test_a_data_file_that_is_not_what_it_should_be(damage, folder):
     with h5py.File(folder / "valid.h5", "a") as file:
         DAMAGE[damage](file)
     refused(folder)
-
-
-def elsewhere(name, make):
-    """A change of a file: a data set whose content is that of another file."""
-    def change(file):
-        path = Path(file.filename).with_name("elsewhere.h5")
-        with h5py.File(path, "w") as other:
-            file.copy(name, other)
-        shape, dtype = file[name].shape, file[name].dtype
-        del file[name]
-        make(file, name, path, shape, dtype)
-    return change
 
 
 def linked(file, name, path, shape, dtype):
@@ -508,22 +498,30 @@ def virtual(file, name, path, shape, dtype):
 @pytest.mark.parametrize("name", ["captions", "caption_lengths"])
 def test_a_data_file_reads_no_other(make, name, folder):
     with h5py.File(folder / "valid.h5", "a") as file:
-        elsewhere(name, make)(file)
+        with h5py.File(folder / "elsewhere.h5", "w") as other:
+            file.copy(name, other)
+        shape, dtype = file[name].shape, file[name].dtype
+        del file[name]
+        make(file, name, folder / "elsewhere.h5", shape, dtype)
     refused(folder, f"{name} lies in another file")
 
 
 def unreadable(folder, *words, file="valid.h5"):
-    """Insist on one line that says all of `words`, and nothing of making it again, which would lose corrections."""
+    """Insist on one line that says all of `words`, and nothing of making it again, which would lose
+    corrections.
+    """
     with pytest.raises((UserError, OSError)) as error:
         CaptionDataset(config_of(folder), "valid", load_word_map(folder))
-    assert str(folder / file) in str(error.value) and all(word in str(error.value) for word in words)
+    assert all(word in str(error.value) for word in (str(folder / file), *words))
     assert "damaged" not in str(error.value) and "--overwrite" not in str(error.value)
 
 
 @pytest.mark.parametrize("mode", ["r", "r+"])
 def test_a_data_file_that_a_notebook_has_open(mode, folder):
-    notebook = f"import h5py; file = h5py.File({str(folder / 'valid.h5')!r}, {mode!r}); print(flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", notebook], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    path = str(folder / "valid.h5")
+    notebook = f"import h5py; file = h5py.File({path!r}, {mode!r}); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", notebook], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         if mode == "r":
             CaptionDataset(config_of(folder), "valid", load_word_map(folder))
@@ -534,20 +532,22 @@ def test_a_data_file_that_a_notebook_has_open(mode, folder):
 
 @pytest.mark.parametrize("file", ["valid.h5", "WORDMAP.json"])
 def test_a_file_that_may_not_be_read(file, folder):
-    """A folder stands for it where the tests run as root, who may read everything."""
-    (folder / file).unlink() if os.geteuid() == 0 else (folder / file).chmod(0)
-    if os.geteuid() == 0:
+    if os.geteuid() == 0:  # who may read everything
+        (folder / file).unlink()
         (folder / file).mkdir()
+    else:
+        (folder / file).chmod(0)
     unreadable(folder, file=file)
 
 
 @pytest.mark.parametrize("content", [
     lambda whole: b"", lambda whole: b"not HDF5 at all" * 1000, lambda whole: bytes(len(whole)),
-    *(lambda whole, share=share: whole[:int(share * len(whole))] for share in (0.01, 0.5, 0.9, 0.9999))])
+    *(lambda whole, share=share: whole[:int(share * len(whole))] for share in (0.01, 0.5, 0.9999))])
 def test_a_data_file_that_is_not_whole_or_not_there(content, folder):
-    (folder / "valid.h5").write_bytes(content((folder / "valid.h5").read_bytes()))
+    path = folder / "valid.h5"
+    path.write_bytes(content(path.read_bytes()))
     refused(folder)
-    (folder / "valid.h5").unlink()
+    path.unlink()
     refused(folder)
 
 
@@ -557,21 +557,27 @@ def test_a_caption_corrected_with_h5py_is_used(tiny, tmp_path, monkeypatch):
     for name in ("train.h5", "WORDMAP.json"):
         shutil.copy(tiny / name, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    names, word_map = {}, load_word_map(tiny)
-    exec(re.search(r"```python\n(import h5py.*?)```", (ROOT / "data/README.md").read_text("utf-8"), re.S)[1], names)
+    names = {}
+    page = (ROOT / "data/README.md").read_text("utf-8")
+    exec(re.search(r"```python\n(import h5py.*?)```", page, re.S)[1], names)
     row, number, text = names["row"], names["number"], names["text"]
-    before, after = (CaptionDataset(config_of(f), "train", word_map) for f in (tiny, tmp_path / "data"))
+
+    word_map = load_word_map(tiny)
+    before = CaptionDataset(config_of(tiny), "train", word_map)
+    after = CaptionDataset(config_of(tmp_path / "data"), "train", word_map)
     assert after.raw_captions[row][number] == text != before.raw_captions[row][number]
     ids, length = encode_caption(tokenize(text), word_map, 40)
     _, captions, lengths, _ = after[[row]]
-    assert captions[0, number, :length].tolist() == ids[:length].tolist() and lengths[0, number] == length
+    assert captions[0, number, :length].tolist() == ids[:length].tolist()
+    assert lengths[0, number] == length
     after.raw_captions[row][number] = before.raw_captions[row][number]
-    assert after.raw_captions == before.raw_captions and torch.equal(after[[row]][0], before[[row]][0])
+    assert after.raw_captions == before.raw_captions
+    assert torch.equal(after[[row]][0], before[[row]][0])
 
 
-@pytest.mark.parametrize("settings, flag", [(dict(image_size=128), "--image_size 64"),
-                                            (dict(max_len=20), "--max_len 40"),
-                                            (dict(captions_per_image=3), "--captions_per_image 5")])
+@pytest.mark.parametrize("settings, flag", [
+    (dict(image_size=128), "--image_size 64"), (dict(max_len=20), "--max_len 40"),
+    (dict(captions_per_image=3), "--captions_per_image 5")])
 def test_a_data_file_of_other_settings_names_the_flag_that_fits_it(settings, flag, folder):
     refused(folder, *settings.values(), f"give {flag}, or", **settings)
 
@@ -581,49 +587,61 @@ def test_a_data_file_of_another_word_map(folder):
     refused(folder, "another word map")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Who reads what
 
 
-def epoch_of(n, batch_size, processes, epoch=0, shuffle=True, seed=0):
-    """Batches of each process in one epoch. Returns: list (processes) of lists (steps) of lists of rows."""
+def sampler_of(n, batch_size, training=True, seed=0, rank=0, processes=1):
+    with (mock.patch("datasets.rank", return_value=rank),
+          mock.patch("datasets.world_size", return_value=processes)):
+        return BatchSampler(n, batch_size, training, seed)
+
+
+def epoch_of(n, batch_size, processes=1, epoch=0, training=True, seed=0):
+    """Batches of each process in one epoch: a list (processes) of lists (steps) of lists of rows."""
     shares = []
     for rank in range(processes):
-        sampler = BatchSampler(n, batch_size, shuffle, seed, rank, processes)
+        sampler = sampler_of(n, batch_size, training, seed, rank, processes)
         sampler.epoch = epoch
         shares.append(list(sampler))
         assert len(shares[-1]) == len(sampler)
     return shares
 
 
+def rows_of(shares):
+    return [row for share in shares for batch in share for row in batch]
+
+
 def global_batches(shares):
-    assert len({len(share) for share in shares}) == 1, "processes that take unequal numbers of steps wait for ever"
+    assert len({len(share) for share in shares}) == 1, "processes with fewer steps wait for ever"
     return [set().union(*parts) for parts in zip(*shares)]
 
 
-@pytest.mark.parametrize("n, batch_size", [(48, 8), (50, 8), (55, 8), (9, 4), (8, 8), (7, 16), (30, 6)])
+@pytest.mark.parametrize("n, batch_size", [
+    (48, 8), (50, 8), (55, 8), (9, 4), (8, 8), (7, 16), (30, 6)])
 def test_training_has_the_same_global_batches_however_many_processes_share_them(n, batch_size):
-    whole = global_batches(epoch_of(n, batch_size, 1))
+    whole = global_batches(epoch_of(n, batch_size))
     size = min(batch_size, n)
     assert len(whole) == n // size and all(len(batch) == size for batch in whole)
     for processes in (1, 2, 4):
         shares = epoch_of(n, batch_size, processes)
         assert global_batches(shares) == whole
-        rows = [row for share in shares for batch in share for row in batch]
+        rows = rows_of(shares)
         assert len(rows) == len(set(rows)) == n // size * size and set(rows) <= set(range(n))
-        assert all(len(batch) in (size // processes, -(-size // processes)) for share in shares for batch in share)
+        sizes = {len(batch) for share in shares for batch in share}
+        assert sizes <= {size // processes, -(-size // processes)}
 
 
 def test_epochs_differ_and_are_the_same_again():
-    epochs = [epoch_of(100, 10, 1, epoch) for epoch in range(5)]
+    epochs = [epoch_of(100, 10, epoch=epoch) for epoch in range(5)]
     assert all(one != other for i, one in enumerate(epochs) for other in epochs[:i])
-    assert epochs == [epoch_of(100, 10, 1, epoch) for epoch in range(5)]
-    assert epoch_of(100, 10, 1, seed=1) != epochs[0] != epoch_of(100, 10, 1, seed=1, epoch=1)
-    assert epochs[0] != [[list(range(start, start + 10)) for start in range(0, 100, 10)]]
+    assert epochs == [epoch_of(100, 10, epoch=epoch) for epoch in range(5)]
+    assert epoch_of(100, 10, seed=1) not in (*epochs, epoch_of(100, 10, seed=1, epoch=1))
+    assert rows_of(epochs[0]) != list(range(100))
 
 
 def test_over_the_epochs_every_row_is_seen():
-    seen = [row for epoch in range(40) for share in epoch_of(13, 5, 1, epoch) for batch in share for row in batch]
+    seen = [row for epoch in range(40) for row in rows_of(epoch_of(13, 5, epoch=epoch))]
     counts = [seen.count(row) for row in range(13)]
     assert min(counts) > 20 and max(counts) <= 40
 
@@ -631,28 +649,42 @@ def test_over_the_epochs_every_row_is_seen():
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 @pytest.mark.parametrize("n, batch_size", [(48, 8), (50, 8), (3, 8), (1, 1), (17, 4), (5, 1)])
 def test_evaluation_goes_through_every_row_once(n, batch_size, processes):
-    shares = epoch_of(n, batch_size, processes, shuffle=False)
-    rows = [row for share in shares for batch in share for row in batch]
+    shares = epoch_of(n, batch_size, processes, training=False)
+    rows = rows_of(shares)
     assert sorted(rows) == list(range(n))
     assert all(0 < len(batch) <= batch_size for share in shares for batch in share)
     assert processes > 1 or rows == list(range(n))
 
 
-@pytest.mark.parametrize("n, batch_size, processes", [(100, 3, 4), (3, 100, 4)])
-def test_a_batch_too_small_for_its_processes_is_a_users_error(n, batch_size, processes):
+@pytest.mark.parametrize("n, batch_size", [(100, 3), (3, 100)])
+def test_a_batch_too_small_for_its_processes_is_a_users_error(n, batch_size):
     with pytest.raises(UserError):
-        BatchSampler(n, batch_size, True, 0, 0, processes)
+        sampler_of(n, batch_size, processes=4)
 
 
 def test_small_data_have_a_batch_that_gives_enough_steps_and_leaves_out_little():
     for n in range(1, 700):
         fits = [b for b in range(1, n + 1) if n // b >= 20 and n % b <= 0.05 * n]
         assert largest_batch_size(n) == max(fits, default=1)
-        enough = len(BatchSampler(n, largest_batch_size(n), True)) >= 20
-        assert enough == (n >= 20)
+        has_enough_steps = len(sampler_of(n, largest_batch_size(n))) >= 20
+        assert has_enough_steps == (n >= 20)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows has no such signals")
+def test_a_signal_while_workers_start_reaches_them_when_they_can_handle_it(tiny, monkeypatch):
+    handle = signal_handling._set_worker_signal_handlers
+
+    def handle_and_hit():
+        handle()
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", handle_and_hit)
+    config = dataclasses.replace(config_of(tiny), workers=2, batch_size=2)
+    dataset = CaptionDataset(config, "valid", load_word_map(tiny))
+    batches = list(make_loader(dataset, config, training=False))
+    assert [row for *_, rows in batches for row in rows.tolist()] == [0, 1, 2, 3]
+
+
+# -------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -661,21 +693,19 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     (tmp_path / "file.tmp").write_bytes(b"left by a run that was killed")
-    for error, expected in ((OSError(28, "No space left"), UserError), (RuntimeError("errno = 28"), UserError),
-                            (UserError("of its own"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)):
+    for error, expected in ((OSError(28, "No space left"), UserError),
+                            (RuntimeError("errno = 28"), UserError),
+                            (KeyboardInterrupt(), KeyboardInterrupt)):
         with pytest.raises(expected) as raised, replacing(path, 5 * 2**20) as temporary:
             assert not temporary.exists()
             temporary.write_bytes(b"half")
             raise error
         assert files_under(tmp_path) == {"file": b"old"}
-        if expected is UserError and raised.value is not error:
+        if expected is UserError:
             assert str(path) in str(raised.value) and "5.0 MiB" in str(raised.value)
     with replacing(path) as temporary:
         temporary.write_bytes(b"new")
         assert path.read_bytes() == b"old"
-    assert files_under(tmp_path) == {"file": b"new"}
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "狗" * 100 + "\ud800")
     assert files_under(tmp_path) == {"file": b"new"}
 
 
@@ -685,23 +715,3 @@ def test_a_small_file_that_cannot_be_written_is_a_users_error(name, tmp_path):
     with pytest.raises(UserError, match=str(tmp_path / name)):
         write_text(tmp_path / name, "狗")
     assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
-
-
-def test_kinds_of_words():
-    kinds = {"noun": "狗 房子 草地 夜晚 词", "verb": "跑 玩耍 穿着", "colour or number": "红色 两个 一群",
-             "function word": "的 在 是 ，"}
-    found = {kind: " ".join(word for word in words.split() if kind_of(word) == kind) for kind, words in kinds.items()}
-    assert found == kinds
-
-
-@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="there are no such signals on Windows")
-def test_a_signal_while_workers_start_reaches_them_when_they_can_handle_it(tiny, monkeypatch):
-    handle = signal_handling._set_worker_signal_handlers
-
-    def handle_and_hit():
-        handle()
-        os.kill(os.getpid(), signal.SIGTERM)
-    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", handle_and_hit)
-    config = dataclasses.replace(config_of(tiny), workers=2, batch_size=2)
-    batches = list(make_loader(CaptionDataset(config, "valid", load_word_map(tiny)), config, False))
-    assert [row for *_, rows in batches for row in rows.tolist()] == [0, 1, 2, 3]
