@@ -33,7 +33,7 @@ from pathlib import Path
 
 from utils import (UserError, alone, from_first_process, gather_lists, get_device,
                    init_distributed, is_first_process, keep_freed_memory, meet_processes,
-                   precision, run, to_device, world_size)
+                   precision, run_script, to_device, world_size)
 
 import torch
 import torch.distributed as dist
@@ -259,4 +259,4 @@ def score_captions(captions: list[dict], references: list | None) -> dict[str, f
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)
