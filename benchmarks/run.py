@@ -1,20 +1,18 @@
-"""Speed and memory of this repository against the naive implementation in reference.py, at equal results.
+"""Speed and memory of this repository against the naive implementation in reference.py.
 
-    python benchmarks/run.py train                        # one group: preprocess, train, score, eval or scaling
-    python benchmarks/run.py all --json logs/bench.json   # `make bench`; about twenty minutes on two cores
-    python benchmarks/run.py epoch                        # an epoch of AI Challenger on a GPU: training and validation
-    python benchmarks/run.py scaling --plot scaling.png   # time and memory against batch, caption length, vocabulary
+    python benchmarks/run.py train                   # one group: preprocess, train, score or eval
+    python benchmarks/run.py all --json bench.json   # `make bench`; twenty minutes on two cores
+    python benchmarks/run.py epoch                   # an epoch of AI Challenger on a GPU
+    python benchmarks/run.py scaling --plot FILE     # against batch, caption length, vocabulary
 
-The product is what train.py and eval.py run, as fast.choose decides; in `train_decoder_as_written` it is models.py as
-written. In each case the two sides run alternately, in a process each, so that other load on the machine hits both.
-The first iteration of both is compared before anything is timed: the same loss and gradients, or the same captions.
-A ratio is that of two neighbouring runs; the table has the median and range. On a GPU a run of training is the mean of
-ten steps. Memory is the peak of the first iteration minus what the process held before it (weights and inputs). Sizes
-are AI Challenger's: 9,000 words, captions of 10 to 21 tokens, ResNet-101 at 256 pixels, 512 dimensions. Weights and
-pictures are random, which takes the same time.
-
-Two lower bounds show how much faster it could get at all: the product's floating-point operations over the rate of a
-large matrix product, and the bytes that its products and convolutions read and write, each once, over that of a copy.
+The product is what train.py and eval.py run, as fast.choose decides; in `train_decoder_as_written`
+it is models.py as written. The two sides run alternately, in a process each, so that other load on
+the machine hits both. The first iteration of both is compared before anything is timed: the same
+loss and gradients, or the same captions. A ratio is that of two neighbouring runs; the table has
+the median and range. On a GPU a run of training is the mean of ten steps. Memory is the peak of the
+first iteration minus what the process held before it (weights and inputs). Sizes are AI
+Challenger's: 9,000 words, captions of 10 to 21 tokens, ResNet-101 at 256 pixels, 512 dimensions.
+Weights and pictures are random, which takes the same time.
 """
 import ctypes
 import itertools
@@ -22,25 +20,24 @@ import json
 import math
 import multiprocessing.util
 import platform
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import h5py
 import numpy as np
 import torch
 import torchvision
+from matplotlib.figure import Figure
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scripts are
 
@@ -49,129 +46,175 @@ import pre_process  # noqa: E402
 import train  # noqa: E402
 from benchmarks import reference  # noqa: E402
 from config import Config, new_parser  # noqa: E402
-from datasets import END, PAD, START, UNK, CaptionDataset, decode_caption, make_loader, word_list  # noqa: E402
-from fast.features import KeptFeatures  # noqa: E402
-from fast.graphs import Recorded  # noqa: E402
+from datasets import (  # noqa: E402
+    END, PAD, START, UNK, CaptionDataset, counts_of, decode_caption, make_loader, word_list)
 from decoding import beam_search  # noqa: E402
+from fast.features import KeptFeatures  # noqa: E402
 from models import DecoderWithAttention, Encoder, caption_loss  # noqa: E402
 from scores import score  # noqa: E402
 from self_critical import SelfCritical, draws_of_step  # noqa: E402
-from train import (Averages, Progress, Sums, counts_of, make_optimizers, make_scaler, mixed_precision, parameters,  # noqa: E402
-                   prepare, teacher_forced, train_one_epoch, validate)
-from utils import UserError, get_device, keep_freed_memory, run_script  # noqa: E402
+from train import (  # noqa: E402
+    Averages, Progress, Sums, make_optimizers, make_scaler, mixed_precision, parameters, prepare,
+    teacher_forced, train_one_epoch, validate)
+from utils import UserError, get_device, keep_freed_memory, run  # noqa: E402
 
 CONFIG = Config(encoder_weights="none", dropout=0.0)  # dropout draws other numbers on each side
-PICTURES, K, TOKENS, V = dict(cpu=12, cuda=CONFIG.batch_size), CONFIG.captions_per_image, (10, 21), 9000
+K = CONFIG.captions_per_image
+SIDES = "reference", "product"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+class Sizes(NamedTuple):
+    """Of a batch."""
+
+    pictures: int
+    tokens: tuple[int, int] = (10, 21)  # fewest and most of a caption
+    vocab_size: int = 9000
+
+
+SIZES = dict(cpu=Sizes(12), cuda=Sizes(CONFIG.batch_size))
+
+
+# --------------------------------------------------------------------------------------------------
 # Inputs and models, the same for both sides
 
 
-def make_word_map(size):
-    return {word: number for number, word in enumerate([PAD, *(f"w{i}" for i in range(size - 4)), UNK, START, END])}
+def make_word_map(size: int) -> dict[str, int]:
+    words = [PAD, *(f"w{i}" for i in range(size - 4)), UNK, START, END]
+    return {word: number for number, word in enumerate(words)}
 
 
-def make_batch(pictures, tokens, vocab_size, device, images=True):
-    """Random pictures, with captions of (fewest, most) tokens. Returns: images, captions, lengths (on the CPU)."""
+def make_images(pictures: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(tokens[0], tokens[1] + 1, (pictures, K), generator=generator) + 1
-    captions = torch.randint(1, vocab_size - 3, (pictures, K, tokens[1] + 1), generator=generator)
-    size = (pictures if images else 0, 256, 256, 3)
-    images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-    return images.to(device), captions.to(device), lengths
+    return torch.randint(256, (pictures, 256, 256, 3), generator=generator, dtype=torch.uint8)
 
 
-def make_features(pictures, device):
+def make_captions(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random captions (B, K, T + 1) and their lengths (B, K)."""
+    generator = torch.Generator().manual_seed(1)
+    fewest, most = sizes.tokens
+    shape = sizes.pictures, K
+    lengths = torch.randint(fewest, most + 1, shape, generator=generator) + 1
+    words = sizes.vocab_size - 3
+    captions = torch.randint(1, words, (*shape, most + 1), generator=generator)
+    return captions, lengths
+
+
+def make_features(pictures: int, device: torch.device) -> torch.Tensor:
     """Grids like a ResNet-101's: fp16 (pictures, 8, 8, 2048), not negative."""
-    return torch.randn(pictures, 8, 8, 2048, generator=torch.Generator().manual_seed(2)).relu().half().to(device)
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(pictures, 8, 8, 2048, generator=generator).relu().half().to(device)
 
 
-def make_models(side, config, vocab_size, device, talkative=False):
+def make_models(side: str, config: Config, vocab_size: int, device: torch.device,
+                talkative: bool = False) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Encoder and decoder in eval mode, with the same weights on both sides.
 
-    Args: side (str): reference or product (as written; prepare and fast.choose take it from there). talkative (bool):
-        the decoder generates captions of about twelve words.
+    The product's are as written; prepare and fast.choose take them from there. A talkative decoder
+    generates captions of about twelve words.
     """
     torch.manual_seed(0)
     encoder = Encoder(config.encoder, "none")
-    for module in encoder.modules():  # random residuals would add up to values that no trained network has
+    for module in encoder.modules():
+        # Random residuals would add up to values that no trained network has.
         if isinstance(module, torchvision.models.resnet.Bottleneck):
             torch.nn.init.constant_(module.bn3.weight, 0.1)
     torch.manual_seed(0)
-    sizes = config.attention_dim, config.emb_dim, config.decoder_dim, vocab_size, encoder.dim, config.dropout
+    sizes = (config.attention_dim, config.emb_dim, config.decoder_dim, vocab_size, encoder.dim,
+             config.dropout)
     decoder = DecoderWithAttention(*sizes)
     if talkative:
         make_talkative(decoder, make_word_map(vocab_size))
     if side == "reference":
-        states = encoder.state_dict(), decoder.state_dict()
-        encoder = reference.Encoder(config.encoder).requires_grad_(False)
-        decoder = reference.DecoderWithAttention(*sizes)
-        encoder.load_state_dict(states[0])
-        decoder.load_state_dict(states[1])
+        naive_encoder = reference.Encoder(config.encoder).requires_grad_(False)
+        naive_decoder = reference.DecoderWithAttention(*sizes)
+        naive_encoder.load_state_dict(encoder.state_dict())
+        naive_decoder.load_state_dict(decoder.state_dict())
+        encoder, decoder = naive_encoder, naive_decoder
     return encoder.to(device).eval(), decoder.to(device).eval()
 
 
-def make_talkative(decoder, word_map):
-    """Random weights end a caption at once or never; let these end it after about twelve words, as trained ones do.
+def make_talkative(decoder: DecoderWithAttention, word_map: dict[str, int]) -> None:
+    """Let random weights end a caption after about twelve words, as trained ones do.
 
-    One unit of the LSTM counts the steps, and <end> waits for it; the other words become clear choices.
+    Left alone they end it at once or never. One unit of the LSTM counts the steps, and <end> waits
+    for it; the other words become clear choices.
     """
-    unit, end, lstm, fc = 0, word_map[END], decoder.decode_step, decoder.fc
-    for gate, bias in enumerate((-2.5, 12.0, 12.0, 12.0)):  # i, f, g, o: little in, nothing forgotten, all shown
+    unit = 0
+    end = word_map[END]
+    lstm = decoder.decode_step
+    biases = -2.5, 12.0, 12.0, 12.0  # i, f, g, o: little in, nothing forgotten, all shown
+    for gate, bias in enumerate(biases):
         row = gate * lstm.hidden_size + unit
-        for parameter, value in ((lstm.weight_ih, 0), (lstm.weight_hh, 0), (lstm.bias_ih, bias), (lstm.bias_hh, 0)):
-            parameter.data[row] = value
+        lstm.weight_ih.data[row] = 0
+        lstm.weight_hh.data[row] = 0
+        lstm.bias_ih.data[row] = bias
+        lstm.bias_hh.data[row] = 0
     decoder.init_c.weight.data[unit] *= 4  # the count starts differently for each picture
     decoder.embedding.weight.data *= 5
-    fc.weight.data *= 40
-    fc.weight.data[:, unit], fc.weight.data[end] = 0, 0
-    fc.weight.data[end, unit], fc.bias.data[end] = 300, -230
+    decoder.fc.weight.data *= 40
+    decoder.fc.weight.data[:, unit] = 0
+    decoder.fc.weight.data[end] = 0
+    decoder.fc.weight.data[end, unit] = 300
+    decoder.fc.bias.data[end] = -230
 
 
-def pool(grid):
+def pool(grid: torch.Tensor) -> torch.Tensor:
     """The last layer of reference.Encoder: (N, 8, 8, D) -> (N, 14, 14, D)."""
-    return torch.nn.functional.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), 14).permute(0, 2, 3, 1)
+    pooled = torch.nn.functional.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2), 14)
+    return pooled.permute(0, 2, 3, 1)
 
 
-def make_photograph(rng, size):
-    """Noise with as much detail as a photograph: 200 KB at 1000 x 700 and quality 90. Returns: PIL.Image."""
-    width, height = size
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) + 1 / max(size)
-    channels = [np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / frequency**1.5, (height, width))
-                for _ in range(3)]
-    luma, *chroma = ((x - x.mean()) / x.std() for x in channels)
-    rgb = np.stack([luma + 0.3 * chroma[0], luma, luma + 0.3 * chroma[1]], axis=2)
+def make_photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Noise with as much detail as a photograph: 200 KB at 1000 x 700 and quality 90."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency += 1 / max(width, height)
+    channels = []
+    for _ in range(3):
+        spectrum = np.fft.rfft2(rng.standard_normal((height, width))) / frequency**1.5
+        channel = np.fft.irfft2(spectrum, (height, width))
+        channels.append((channel - channel.mean()) / channel.std())
+    luma, red, blue = channels
+    rgb = np.stack([luma + 0.3 * red, luma, luma + 0.3 * blue], axis=2)
     return Image.fromarray((128 + 55 * rgb).clip(0, 255).astype(np.uint8))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cases: each returns the function that is timed, one that returns what the sides must agree on, and steps per timing
+# --------------------------------------------------------------------------------------------------
+# Cases
 
 
-def train_case(side, device, start="features", precision="float32", as_written=False, pictures=None, tokens=TOKENS,
-               vocab_size=V):
+class Case(NamedTuple):
+    iteration: Callable[[], object]  # what is timed
+    outcome: Callable[[], dict]  # what the two sides must agree on, of the last iteration
+    steps: int = 1  # iterations per timing
+
+
+def train_case(side: str, device: torch.device, start: str = "features", precision: str = "float32",
+               as_written: bool = False, sizes: Sizes | None = None) -> Case:
     """A training step, with clipping and Adam.
 
     Args:
-        side (str): reference or product. device (torch.device).
-        start (str): features, pixels (through the frozen encoder), or kept (pixels, but the product has the features).
-        precision (str), as_written (bool): of the product.
+        start: features, pixels (through the frozen encoder), or kept (pixels, but the product has
+            their features).
+        precision, as_written: of the product.
     """
     config = replace(CONFIG, precision=precision, fast=not as_written)
-    pictures = pictures or PICTURES[device.type]
-    images, captions, lengths = make_batch(pictures, tokens, vocab_size, device)
-    encoder, decoder = make_models(side, config, vocab_size, device)
-    features = make_features(pictures, device) if start == "features" else None
+    sizes = sizes or SIZES[device.type]
+    images = make_images(sizes.pictures).to(device) if start != "features" else None
+    features = make_features(sizes.pictures, device) if start == "features" else None
+    captions, lengths = make_captions(sizes)
+    captions = captions.to(device)
+    encoder, decoder = make_models(side, config, sizes.vocab_size, device)
     if side == "reference":
         optimizers = {"decoder": torch.optim.Adam(decoder.parameters(), lr=config.decoder_lr)}
-        captions, lengths = captions.flatten(0, 1), lengths.flatten().to(device)
+        captions = captions.flatten(0, 1)
+        lengths = lengths.flatten().to(device)
 
         def loss_of_batch():
-            if start == "features":
+            if features is not None:
                 grid = pool(features.float()).repeat_interleave(K, 0)
             else:  # as many pictures at a time as the product takes
-                grid = torch.cat([encoder(part) for part in images.repeat_interleave(K, 0).split(pictures)])
+                parts = images.repeat_interleave(K, 0).split(sizes.pictures)
+                grid = torch.cat([encoder(part) for part in parts])
             scores, alphas = decoder(grid, captions, lengths)
             return reference.caption_loss(scores, alphas, captions, lengths, config.alpha_c)
     else:
@@ -179,21 +222,26 @@ def train_case(side, device, start="features", precision="float32", as_written=F
         runs = prepare(encoder, decoder, config, device, (), 0, 1)
         if start == "kept":
             features = runs.encoder(images).half()
-        given, encoder = (images, runs.training_encoder) if features is None else (features, KeptFeatures(None))
         totals = {name: number.to(device) for name, number in counts_of(lengths).items()}
 
         def loss_of_batch():
             with mixed_precision(config, device):
-                terms = caption_loss(*runs.decoder(encoder(given), captions, lengths), lengths, config)
-            return sum(term.weight * term.sum / totals[term.per] for term in terms.values() if term.weight)
+                if features is not None:
+                    grid = KeptFeatures(None)(features)
+                else:
+                    grid = runs.training_encoder(images)
+                terms = caption_loss(*runs.decoder(grid, captions, lengths), lengths, config)
+            return sum(term.weight * term.sum / totals[term.per]
+                       for term in terms.values() if term.weight)
 
         runs.decoder.train()
     decoder.train()
     return training_step(loss_of_batch, decoder, optimizers, config.grad_clip, device)
 
 
-def training_step(loss_of_batch, decoder, optimizers, clip, device):
-    """A case of a loss: backward, clipping by value, Adam. Both sides must agree on loss and gradient."""
+def training_step(loss_of_batch: Callable[[], torch.Tensor], decoder: torch.nn.Module,
+                  optimizers: dict, clip: float, device: torch.device) -> Case:
+    """Backward, clipping by value, Adam. Both sides must agree on loss and gradient."""
     result = {}
 
     def step():
@@ -207,119 +255,138 @@ def training_step(loss_of_batch, decoder, optimizers, clip, device):
         result["loss"] = loss.detach()
 
     def outcome():
-        return dict(loss=result["loss"].item(),
-                    gradient=torch.cat([p.grad.flatten().float().cpu() for p in decoder.parameters()]).numpy())
-    return step, outcome, 10 if device.type == "cuda" else 1  # the CPU queues the next step while the GPU works
+        gradients = [p.grad.flatten().float().cpu() for p in decoder.parameters()]
+        return dict(loss=result["loss"].item(), gradient=torch.cat(gradients).numpy())
+
+    # The CPU queues the next step while a GPU works.
+    return Case(step, outcome, steps=10 if device.type == "cuda" else 1)
 
 
-def self_critical_case(side, device):
+def self_critical_case(side: str, device: torch.device) -> Case:
     """A self-critical step from given features: 5 samples per picture, their rewards, the update.
 
-    The reference draws one caption after the other, rewarded by pycocoevalcap. Document frequencies are those of the
-    batch's own captions, about 12 words long, as the samples are.
+    The reference draws one caption after the other, rewarded by pycocoevalcap. Document frequencies
+    are those of the batch's own captions, about 12 words long, as the samples are.
     """
-    config, word_map, pictures = replace(CONFIG, self_critical=True), make_word_map(V), PICTURES[device.type]
-    _, captions, lengths = make_batch(pictures, TOKENS, V, device)
-    encoder, decoder = make_models(side, config, V, device, talkative=True)
-    features = make_features(pictures, device)
+    config = replace(CONFIG, self_critical=True)
+    sizes = SIZES[device.type]
+    word_map = make_word_map(sizes.vocab_size)
+    captions, lengths = make_captions(sizes)
+    captions_there = captions.to(device)
+    features = make_features(sizes.pictures, device)
+    encoder, decoder = make_models(side, config, sizes.vocab_size, device, talkative=True)
     if side == "reference":
         optimizers = {"decoder": torch.optim.Adam(decoder.parameters(), lr=config.self_critical_lr)}
-        draws = draws_of_step(config, 0).to(device)[:pictures]
+        draws = draws_of_step(config, 0).to(device)[:sizes.pictures]
 
         def loss_of_batch():
-            grid, samples = pool(features.float()), []
-            for i, k in itertools.product(range(pictures), range(config.samples)):
-                samples.append(reference.sample(decoder, grid[i:i + 1], draws[i, k].tolist(), word_map))
+            grid = pool(features.float())
+            samples = []
+            for i, k in itertools.product(range(sizes.pictures), range(config.samples)):
+                draw = draws[i, k].tolist()
+                samples.append(reference.sample(decoder, grid[i:i + 1], draw, word_map))
             rewards = reference.rewards(samples, captions[:, :, 1:].tolist())
             return reference.self_critical_loss(decoder, grid, samples, rewards, word_map)
     else:
         optimizers = make_optimizers(config, encoder, decoder)
         runs = prepare(encoder, decoder, config, device, (), 0, 1)
-        dataset = SimpleNamespace(captions=captions.cpu(), caption_lengths=lengths)
+        dataset = SimpleNamespace(captions=captions, caption_lengths=lengths)
         objective = SelfCritical(runs.decoder, dataset, config, word_map, device)
 
         def loss_of_batch():
-            terms, counts, _ = objective(KeptFeatures(None), runs.decoder.eval(), features, captions, None, config, 0)
+            terms, counts, _ = objective(KeptFeatures(None), runs.decoder.eval(), features,
+                                         captions_there, None, config, 0)
             return terms["policy_gradient"].sum / counts["tokens"]
 
     return training_step(loss_of_batch, decoder, optimizers, config.self_critical_clip, device)
 
 
-def eval_case(side, device, start, beam_size=5, pictures=64):
-    """Captions of 64 pictures by beam search. Args: start (str): features or pixels."""
+def eval_case(side: str, device: torch.device, start: str, beam_size: int = 5,
+              pictures: int = 64) -> Case:
+    """Captions by beam search. `start`: features or pixels."""
     torch.backends.cudnn.allow_tf32 = False  # on both sides, whose captions must be identical
-    word_map, result = make_word_map(V), []
-    encoder, decoder = make_models(side, CONFIG, V, device, talkative=True)
-    images, features = make_batch(pictures, TOKENS, V, device)[0], make_features(pictures, device).float()
+    vocab_size = SIZES[device.type].vocab_size
+    word_map = make_word_map(vocab_size)
+    result = []
+    encoder, decoder = make_models(side, CONFIG, vocab_size, device, talkative=True)
+    images = make_images(pictures).to(device)
+    features = make_features(pictures, device).float()
     if side == "product":
         runs = fast.choose(encoder, decoder, CONFIG)
 
     @torch.no_grad()
-    def search():
+    def search_all():
+        grid = features
+        if start == "pixels":
+            grid = torch.cat([runs.encoder(part) for part in images.split(CONFIG.batch_size)])
+        found = beam_search(runs.decoder.eval(), grid, beam_size, CONFIG.max_len, word_map)
+        result[:] = [[word for word in words if word] for words in found.words.tolist()]
+
+    @torch.no_grad()
+    def search_one_by_one():
         result.clear()
-        if side == "product":
-            grid = features
-            if start == "pixels":
-                grid = torch.cat([runs.encoder(part) for part in images.split(CONFIG.batch_size)])
-            found = beam_search(runs.decoder.eval(), grid, beam_size, CONFIG.max_len, word_map)
-            result.extend([word for word in words if word] for words in found.words[:, 0].tolist())
-        else:
-            for i in range(pictures):
-                grid = encoder(images[i:i + 1]) if start == "pixels" else pool(features[i:i + 1])
-                result.append(reference.beam_search(decoder, grid, beam_size, CONFIG.max_len, word_map)[0])
+        for i in range(pictures):
+            grid = encoder(images[i:i + 1]) if start == "pixels" else pool(features[i:i + 1])
+            ids, *_ = reference.beam_search(decoder, grid, beam_size, CONFIG.max_len, word_map)
+            result.append(ids)
 
-    return search, lambda: dict(captions=list(result)), 1
+    search = search_all if side == "product" else search_one_by_one
+    return Case(search, lambda: dict(captions=list(result)))
 
 
-def preprocess_case(side, device, pictures=96, size=(1000, 700)):
-    """Photograph-sized JPEGs from the disk into HDF5: in one process and decoded whole, or as pre_process.py does."""
-    folder = tempfile.TemporaryDirectory()
+def preprocess_case(side: str, device: torch.device, pictures: int = 96) -> Case:
+    """JPEGs of 1000 x 700 from the disk into HDF5: as pre_process.py does, or one after the other,
+    each decoded whole."""
+    folder = tempfile.TemporaryDirectory()  # until nothing below holds it any more
     root = Path(folder.name)
     rng = np.random.default_rng(0)
-    names, path = [f"{i}.jpg" for i in range(pictures)], root / "train.h5"
+    names = [f"{i}.jpg" for i in range(pictures)]
     for name in names:
-        make_photograph(rng, size).save(root / name, quality=90)
-    source = dict(folder=root, image_ids=names, captions=[["w1"]] * pictures, empty=0, extra=0, no_caption=0)
-    workers = ProcessPoolExecutor() if side == "product" else None
-    if workers:
-        # Python waits for them at exit, after closing (at priority 10) the queue that would tell them to end.
+        make_photograph(rng, 1000, 700).save(root / name, quality=90)
+    if side == "product":
+        workers = ProcessPoolExecutor()
+        # Python waits for them at exit, after closing (at priority 10) the queue that would tell
+        # them to end.
         multiprocessing.util.Finalize(None, workers.shutdown, exitpriority=11)
         list(workers.map(str, range(64)))  # start them before anything is timed
 
-    def write():
-        path.unlink(missing_ok=True)
-        if workers:
-            pre_process.write_split(workers, replace(CONFIG, data_dir=folder.name), "train", source,
-                                    [[["w1"]]] * pictures, make_word_map(10), {})
-        else:
-            with h5py.File(path, "w") as file:
-                images = file.create_dataset("images", (pictures, 256, 256, 3), np.uint8)
-                for i, name in enumerate(names):
-                    picture = Image.open(root / name).convert("RGB")
-                    images[i] = np.asarray(picture.resize((256, 256), Image.Resampling.BILINEAR))
+    def write_by_workers():
+        (root / "train.h5").unlink(missing_ok=True)
+        config = replace(CONFIG, data_dir=folder.name)
+        source = dict(folder=root, image_ids=names, captions=[["w1"]] * pictures, empty=0, extra=0,
+                      no_caption=0)
+        tokens = [[["w1"]]] * pictures
+        pre_process.write_split(workers, config, "train", source, tokens, make_word_map(10), {})
+
+    def write_one_by_one():
+        with h5py.File(root / "train.h5", "w") as file:
+            images = file.create_dataset("images", (pictures, 256, 256, 3), np.uint8)
+            for i, name in enumerate(names):
+                picture = Image.open(root / name).convert("RGB")
+                images[i] = np.asarray(picture.resize((256, 256), Image.Resampling.BILINEAR))
 
     def outcome():
-        with h5py.File(path) as file:
+        with h5py.File(Path(folder.name) / "train.h5") as file:
             return dict(pixels=file["images"][:])
-    return write, outcome, 1
+
+    return Case(write_by_workers if side == "product" else write_one_by_one, outcome)
 
 
-def score_case(side, device, pictures=5000):
-    """BLEU-1 to 4, ROUGE-L and CIDEr-D of captions of 8 to 14 words with five references each, beside pycocoevalcap's.
-    """
-    rng, result = np.random.default_rng(0), {}
-    references, captions = [], []
-    for _ in range(pictures):  # of frequent words many, and of its own words some, as in a picture's captions
-        words = rng.zipf(1.3, (K + 1, 14)) % V
-        words[:, ::2] = np.where(rng.random((K + 1, 7)) < 0.7, words[0, ::2], words[:, ::2])
-        captions_of = [[f"w{word}" for word in row[:rng.integers(8, 15)]] for row in words]
-        captions.append(captions_of[0])
-        references.append(captions_of[1:])
-
-    def compute():
-        result.update(score(captions, references) if side == "product" else reference.score(captions, references))
-
-    return compute, lambda: dict(scores=result), 1
+def score_case(side: str, device: torch.device, pictures: int = 5000) -> Case:
+    """BLEU-1 to 4, ROUGE-L and CIDEr-D of captions of 8 to 14 words with five references each,
+    beside pycocoevalcap's."""
+    rng = np.random.default_rng(0)
+    result, references, captions = {}, [], []
+    for _ in range(pictures):
+        # Frequent words, and every other place mostly the picture's own word.
+        words = rng.zipf(1.3, (K + 1, 14)) % SIZES["cpu"].vocab_size
+        own = rng.random((K + 1, 7)) < 0.7
+        words[:, ::2] = np.where(own, words[0, ::2], words[:, ::2])
+        sentences = [[f"w{word}" for word in row[:rng.integers(8, 15)]] for row in words]
+        captions.append(sentences[0])
+        references.append(sentences[1:])
+    compute = score if side == "product" else reference.score
+    return Case(lambda: result.update(compute(captions, references)), lambda: dict(scores=result))
 
 
 CASES = {
@@ -331,54 +398,50 @@ CASES = {
                   train_kept_features=partial(train_case, start="kept"),
                   train_self_critical=self_critical_case),
     "score": dict(score=score_case),
-    "eval": dict(eval_beam5_decode=partial(eval_case, start="features"), eval_beam5=partial(eval_case, start="pixels")),
+    "eval": dict(eval_beam5_decode=partial(eval_case, start="features"),
+                 eval_beam5=partial(eval_case, start="pixels")),
 }
-TITLES = dict(train_decoder_as_written="models.py as written")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The two sides, each in a process of its own
 
-case = None  # in such a process: device, and what the case returned
+held = None  # in such a process: device, Case
 
 
-def set_up(make, side, device):
-    global case
+def set_up(make: Callable[..., Case], side: str, device: str) -> None:
+    global held
     device = get_device(replace(CONFIG, device=device))
-    case = device, *make(side, device)
+    held = device, make(side, device)
     if side == "product":
         keep_freed_memory()  # as train.py does
 
 
-def first_iteration():
-    """Returns: int: peak memory in bytes, above what was held before, or None; dict: what the sides must agree on."""
-    device, iteration, outcome, _ = case
+def first_iteration() -> tuple[int | None, dict]:
+    """Peak memory in bytes, above what was held before; what the sides must agree on."""
+    device, case = held
     before = memory(device, reset=True)
-    iteration()
-    return None if before is None else memory(device) - before, outcome()
+    case.iteration()
+    peak = None if before is None else memory(device) - before
+    return peak, case.outcome()
 
 
-def timed():
-    """Returns: float: s an iteration."""
-    device, iteration, _, steps = case
+def timed() -> float:
+    """Seconds an iteration."""
+    device, case = held
     start = time.perf_counter()
-    for _ in range(steps):
-        iteration()
+    for _ in range(case.steps):
+        case.iteration()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / steps
+    return (time.perf_counter() - start) / case.steps
 
 
-def counted():
-    """Returns: int: floating-point operations of an iteration; int: bytes."""
-    Recorded.__call__ = lambda self, function: function()  # inside a CUDA graph nothing can be counted
-    with FlopCounterMode(display=False) as operations, CountBytes() as traffic:
-        case[1]()
-    return operations.get_total_flops(), traffic.total
+def memory(device: torch.device, reset: bool = False) -> int | None:
+    """Peak memory in bytes since the last reset; at a reset, what is held now.
 
-
-def memory(device, reset=False):
-    """Peak memory in bytes since the last reset; at a reset, what is held now. None where the system does not say."""
+    None where the system does not say.
+    """
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
@@ -386,301 +449,280 @@ def memory(device, reset=False):
         return torch.cuda.max_memory_allocated()
     try:
         if reset:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what setting up has freed would be used again unseen
+            # Or what setting up has freed would be used again unseen.
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
     except (OSError, AttributeError):  # no glibc, no /proc
         return None
-    return int(status.split("VmRSS:" if reset else "VmHWM:")[1].split()[0]) * 1024
+    field = "VmRSS:" if reset else "VmHWM:"
+    kilobytes = status.split(field)[1].split()[0]
+    return int(kilobytes) * 1024
 
 
-class CountBytes(TorchDispatchMode):
-    """Bytes that matrix products and convolutions read and write, each tensor once an operation."""
-
-    total = 0
-    counted = ("mm", "addmm", "bmm", "addmv", "mv", "convolution", "convolution_backward")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if function.overloadpacket.__name__.rstrip("_") in self.counted:
-            for x in (*args, *(out if isinstance(out, tuple) else (out,))):
-                self.total += x.numel() * x.element_size() if isinstance(x, torch.Tensor) else 0
-        return out
+class Comparison(NamedTuple):
+    seconds: list[dict[str, float]]  # of each round, by side
+    peaks: dict[str, int | None]  # bytes by side
 
 
-def compare(name, make, device, rounds):
-    """Run the two sides of a case alternately.
-
-    Returns:
-        dict: seconds (side -> list), memory (side -> bytes or None), operations, bytes (of the product).
-    Raises:
-        UserError: they do not agree.
-    """
+def compare(name: str, make: Callable[..., Case], device: torch.device, rounds: int) -> Comparison:
+    """Run the two sides of a case alternately. Raises UserError where they do not agree."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as reference_side, ProcessPoolExecutor(1, context) as product_side:
-        sides = dict(reference=reference_side, product=product_side)
-
-        def ask(side, function, *args):
-            return sides[side].submit(function, *args).result()
-
-        for side in sides:
-            ask(side, set_up, make, side, str(device))
-        first = {side: ask(side, first_iteration) for side in sides}
-        check(name, *(outcome for _, outcome in first.values()))
+    with ProcessPoolExecutor(1, context) as naive, ProcessPoolExecutor(1, context) as product:
+        pools = dict(zip(SIDES, (naive, product)))
+        for side, pool_of_side in pools.items():
+            pool_of_side.submit(set_up, make, side, str(device)).result()
+        peaks, outcomes = {}, {}
+        for side, pool_of_side in pools.items():
+            peaks[side], outcomes[side] = pool_of_side.submit(first_iteration).result()
+        check(name, outcomes["reference"], outcomes["product"])
         warm_up = 1 if device.type == "cuda" else 0  # the second iteration records graphs
-        seconds = [{side: ask(side, timed) for side in sides} for _ in range(warm_up + rounds)][warm_up:]
-        has_products = make not in (preprocess_case, score_case)
-        operations, traffic = ask("product", counted) if has_products else (0, 0)
-    return dict(seconds={side: [both[side] for both in seconds] for side in sides},
-                memory={side: peak for side, (peak, _) in first.items()}, operations=operations, bytes=traffic)
+        seconds = []
+        for _ in range(warm_up + rounds):
+            seconds.append({side: pools[side].submit(timed).result() for side in SIDES})
+    return Comparison(seconds[warm_up:], peaks)
 
 
-def check(name, expected, found):
-    """Raise UserError unless both sides gave the same: exactly, or as nearly as the arithmetic allows."""
+def check(name: str, expected: dict, found: dict) -> None:
+    """Raise UserError unless both sides gave the same, as nearly as the arithmetic allows."""
     if "captions" in expected:
-        right, what = found == expected, "captions"
+        right = found == expected
+        what = "captions"
     elif "scores" in expected:
-        difference = max(abs(found["scores"][name] - value) for name, value in expected["scores"].items())
-        right, what = difference < 1e-6, f"scores by {difference:.1e}"
+        pairs = ((found["scores"][key], value) for key, value in expected["scores"].items())
+        difference = max(abs(ours - theirs) for ours, theirs in pairs)
+        right = difference < 1e-6
+        what = f"scores by {difference:.1e}"
     elif "pixels" in expected:
         difference = np.abs(found["pixels"].astype(np.float32) - expected["pixels"]).mean()
-        right, what = difference < 1, f"pixels: {difference:.2f} grey levels apart on average"
+        right = difference < 1
+        what = f"pixels: {difference:.2f} grey levels apart on average"
     else:
         loss = abs(found["loss"] / expected["loss"] - 1)
-        gradient = np.linalg.norm(found["gradient"] - expected["gradient"]) / np.linalg.norm(expected["gradient"])
-        # bfloat16 has 8 bits, and kept features are fp16 of 11.
-        rough = {"train_frozen_bf16": (1e-2, 1e-1), "train_kept_features": (1e-3, 1e-2)}
-        if torch.cuda.is_available():  # whose convolutions round float32 to TF32, of 11 bits
-            rough["train_frozen_fp32"] = rough["train_kept_features"]
-        limits = rough.get(name, (1e-5, 1e-4))
-        right = loss < limits[0] and gradient < limits[1]
+        apart = np.linalg.norm(found["gradient"] - expected["gradient"])
+        gradient = apart / np.linalg.norm(expected["gradient"])
+        loss_limit, gradient_limit = limits(name)
+        right = loss < loss_limit and gradient < gradient_limit
         what = f"loss by {loss:.1e}, gradient by {gradient:.1e}"
-    print(f"{name}: both sides {'agree' if right else 'differ'} ({what})", file=sys.stderr, flush=True)
+    verdict = "agree" if right else "differ"
+    print(f"{name}: both sides {verdict} ({what})", file=sys.stderr, flush=True)
     if not right:
         raise UserError(f"{name}: the product does not give what the reference gives: {what}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def limits(name: str) -> tuple[float, float]:
+    """The relative errors of loss and gradient that a case may have."""
+    if name == "train_frozen_bf16":  # of 8 bits
+        return 1e-2, 1e-1
+    # A GPU's convolutions round float32 to TF32, of 11 bits.
+    is_tf32 = name == "train_frozen_fp32" and torch.cuda.is_available()
+    if name == "train_kept_features" or is_tf32:  # fp16 has 11 bits
+        return 1e-3, 1e-2
+    return 1e-5, 1e-4
+
+
+# --------------------------------------------------------------------------------------------------
 # Whole epochs
 
 
 class RandomDataset(CaptionDataset):
-    """Random pictures and captions of AI Challenger's sizes; pictures repeat, but in a file of full length.
+    """Random pictures and captions of AI Challenger's sizes.
 
-    Args:
-        path (Path): of the file. pictures (int). first (int): pictures of another set that precede them.
+    Pictures repeat, but in a file of full length; those of the first `first` belong to another set.
     """
 
-    def __init__(self, path, pictures, first=0):
-        self.path, self.shape = path, (pictures, 256, 256, 3)
+    def __init__(self, path: Path, pictures: int, first: int = 0):
+        self.path = path
+        self.shape = pictures, 256, 256, 3
         self.offset = first * math.prod(self.shape[1:])
         self.image_ids = range(pictures)
-        _, self.captions, self.caption_lengths = make_batch(pictures, TOKENS, V, "cpu", images=False)
+        self.captions, self.caption_lengths = make_captions(Sizes(pictures))
 
 
-def epochs(device, pictures, batch_size, workers):
-    """Time epochs with the frozen encoder, with kept features, and with the encoder trained too, on an eighth of the
-    pictures. One validation picture for seven of training.
+def epochs(device: torch.device, pictures: int, batch_size: int, workers: int) -> None:
+    """Time epochs with the frozen encoder, with kept features, and with the encoder trained too, on
+    an eighth of the pictures. One validation picture for seven of training.
 
     The pictures are in a file in TMPDIR, 47 GB of them.
     """
     valid_pictures = math.ceil(pictures / 7)
-    print(f"{pictures} training and {valid_pictures} validation pictures, batches of {batch_size}, {workers} workers\n")
-    print("| epoch | training, s | images/s | device busy | GiB | validation, s | of which scores, s |\n"
-          "|---|---|---|---|---|---|---|", flush=True)
+    print(f"{pictures} training and {valid_pictures} validation pictures, batches of {batch_size}, "
+          f"{workers} workers\n")
+    print("| epoch | training, s | images/s | GiB | validation, s | of which scores, s |\n"
+          "|---|---|---|---|---|---|", flush=True)
     with tempfile.NamedTemporaryFile(suffix=".h5") as file:
-        path, total = Path(file.name), pictures + valid_pictures
-        some = np.random.default_rng(0).integers(0, 256, (min(total, 4096), 256, 256, 3), np.uint8).tobytes()
+        total = pictures + valid_pictures
+        shape = min(total, 4096), 256, 256, 3
+        some = np.random.default_rng(0).integers(0, 256, shape, np.uint8).tobytes()
         for start in range(0, total, 4096):
             file.write(some[:(total - start) * 256 * 256 * 3])
         file.flush()
         for kind in ("frozen", "kept", "fine-tuned"):
             config = replace(CONFIG, precision="auto", batch_size=batch_size, workers=workers,
                              fine_tune_encoder=kind == "fine-tuned")
-            n = pictures if kind != "fine-tuned" else pictures // 8
-            dataset, valid_set = RandomDataset(path, n), RandomDataset(path, math.ceil(n / 7), first=pictures)
-            seconds, busy = time_training(kind, dataset, config, device)
-            row = f"| {kind} | {seconds:.1f} | {n / seconds:.0f} | {busy:.0f}% | {memory(device) / 2**30:.1f} |"
-            # Initial weights are validated: the captions of trained ones for noise may be of any length.
-            runs = prepare(*make_models("product", config, V, device, talkative=True), config, device, (), 0, 1)
-            encoder = keep_random_features(valid_set, device) if kind == "kept" else runs.encoder
-            validation, scores = time_validation(encoder, runs.decoder, valid_set, train.for_validation(config, device))
-            print(f"{row} {validation:.1f} | {scores:.1f} |", flush=True)
+            n = pictures // 8 if kind == "fine-tuned" else pictures
+            train_set = RandomDataset(Path(file.name), n)
+            valid_set = RandomDataset(Path(file.name), math.ceil(n / 7), first=pictures)
+            seconds = time_training(kind, train_set, config, device)
+            gib = memory(device) / 2**30
+            validation, scores = time_validation(kind, valid_set, config, device)
+            print(f"| {kind} | {seconds:.1f} | {n / seconds:.0f} | {gib:.1f} | {validation:.1f} | "
+                  f"{scores:.1f} |", flush=True)
 
 
-def time_training(kind, dataset, config, device):
-    """Returns: float: s of train_one_epoch; float: share of it in which the GPU was busy, in %."""
-    encoder, decoder = make_models("product", config, V, device)
+def time_training(kind: str, dataset: CaptionDataset, config: Config,
+                  device: torch.device) -> float:
+    """Seconds of train_one_epoch."""
+    encoder, decoder = make_models("product", config, SIZES[device.type].vocab_size, device)
     encoder.fine_tune("top" if config.fine_tune_encoder else "none")
-    optimizers, scaler = make_optimizers(config, encoder, decoder), make_scaler(config, device)
+    optimizers = make_optimizers(config, encoder, decoder)
+    scaler = make_scaler(config, device)
     runs = prepare(encoder, decoder, config, device, (), 0, 1)
-    encoder = keep_random_features(dataset, device) if kind == "kept" else runs.training_encoder
+    encoder = runs.training_encoder
+    if kind == "kept":
+        encoder = keep_random_features(dataset, device)
     loader = make_loader(dataset, config, True)
-    for first in (max(len(loader) - 20, 0), 0):  # the last batches as a warm-up
+    warm_up = max(len(loader) - 20, 0)  # the last batches
+    for first in (warm_up, 0):
         progress = Progress(run="", batches={}, batch=first)
         memory(device, reset=True)
-        with Usage() as usage:
-            start = time.perf_counter()
-            train_one_epoch(encoder, runs.decoder, teacher_forced, optimizers, scaler, Averages(optimizers, 0), loader,
-                            config, progress, Sums({}, device, 0), None, lambda: None)
-            seconds = time.perf_counter() - start
-    return seconds, usage.mean
-
-
-def time_validation(encoder, decoder, dataset, config):
-    """What train.py does after an epoch: teacher-forced loss, greedy captions of 10 to 20 words, their scores.
-
-    Args:
-        encoder, decoder (Module): the latter talkative. dataset (CaptionDataset). config (Config).
-    Returns:
-        float: seconds; float: those of them that the scores take.
-    """
-    word_map = make_word_map(V)
-    words = word_list(word_map)
-    references = [[decode_caption(ids[1:n - 1], words) for ids, n in zip(*picture)]
-                  for picture in zip(dataset.captions.tolist(), dataset.caption_lengths.tolist())]
-    few = [dataset[list(range(min(config.batch_size, len(dataset))))]]  # as a warm-up
-    for loader in (few, make_loader(dataset, config, False)):
         start = time.perf_counter()
-        _, captions = validate(encoder, decoder, loader, config, word_map, lambda: None)
+        train_one_epoch(encoder, runs.decoder, teacher_forced, optimizers, scaler,
+                        Averages(optimizers, 0), loader, config, progress, Sums({}, device, 0),
+                        None, lambda: None)
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+def time_validation(kind: str, dataset: CaptionDataset, config: Config,
+                    device: torch.device) -> tuple[float, float]:
+    """What train.py does after an epoch: teacher-forced loss, greedy captions, their scores.
+
+    The weights are not those of training, whose captions for noise may be of any length.
+
+    Returns seconds, and those of them that the scores take.
+    """
+    vocab_size = SIZES[device.type].vocab_size
+    word_map = make_word_map(vocab_size)
+    words = word_list(word_map)
+    models = make_models("product", config, vocab_size, device, talkative=True)
+    runs = prepare(*models, config, device, (), 0, 1)
+    encoder = keep_random_features(dataset, device) if kind == "kept" else runs.encoder
+    config = train.for_validation(config, device)
+    references = []
+    for captions, lengths in zip(dataset.captions.tolist(), dataset.caption_lengths.tolist()):
+        references.append([decode_caption(ids[1:n - 1], words) for ids, n in zip(captions, lengths)])
+    few = list(range(min(config.batch_size, len(dataset))))
+    warm_up = [dataset[few]]
+    for loader in (warm_up, make_loader(dataset, config, False)):
+        start = time.perf_counter()
+        _, captions = validate(encoder, runs.decoder, loader, config, word_map, lambda: None)
         generated = time.perf_counter()
     score([caption["words"] for caption in captions], references)
-    return time.perf_counter() - start, time.perf_counter() - generated
+    end = time.perf_counter()
+    return end - start, end - generated
 
 
-def keep_random_features(dataset, device):
-    """Let the batches of a data set begin with rows. Returns: KeptFeatures, which holds random ones on the device."""
+def keep_random_features(dataset: CaptionDataset, device: torch.device) -> KeptFeatures:
+    """Random features on the device for the data set, whose batches then begin with rows."""
     features = make_features(min(len(dataset), 1024), device)
-    held = torch.empty(len(dataset), *features.shape[1:], dtype=torch.float16, device=device)
-    for part in held.split(1024):
+    kept = torch.empty(len(dataset), *features.shape[1:], dtype=torch.float16, device=device)
+    for part in kept.split(1024):
         part.copy_(features[:len(part)])
     dataset.begins_with = "rows"
-    return KeptFeatures(held)
+    return KeptFeatures(kept)
 
 
-class Usage:
-    """The share of time in which the GPU was busy, in %, by nvidia-smi; nan without it."""
-
-    def __enter__(self):
-        command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "200"]
-        self.process = None
-        if shutil.which(command[0]):
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        return self
-
-    def __exit__(self, *error):
-        if self.process:
-            self.process.terminate()
-        values = [int(line) for line in self.process.communicate()[0].split() if line.isdigit()] if self.process else []
-        self.mean = sum(values) / len(values) if values else math.nan
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tables and curves
 
 
-def measure_rates(device):
-    """What the machine can do. Returns: dict: float32, bfloat16 (FLOP/s of a large product), copy (bytes/s)."""
-    def best(function, work):
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return work / min(times[1:])
-
-    n = 2048 if device.type == "cpu" else 8192
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        rates[str(dtype).split(".")[1]] = best(partial(torch.mm, a, b, out=torch.empty_like(a)), 2 * n**3)
-    a = torch.ones(2**27, device=device)
-    b = torch.empty_like(a).fill_(0)
-    return rates | {"copy": best(partial(b.copy_, a), 2 * a.nbytes)}
-
-
-def summarise(name, found, rates, precision):
-    """Print a case's line of the table. Returns: dict: what --json writes of it."""
-    reference_s, product_s = (found["seconds"][side] for side in ("reference", "product"))
-    ratios, peaks = [r / p for r, p in zip(reference_s, product_s)], found["memory"]
-    row = dict(reference_s=statistics.median(reference_s), product_s=statistics.median(product_s),
+def summarise(name: str, found: Comparison) -> dict[str, float | None]:
+    """Print a case's line of the table; what --json writes of it."""
+    ratios = [seconds["reference"] / seconds["product"] for seconds in found.seconds]
+    memory_ratio = None
+    if found.peaks["reference"]:
+        memory_ratio = found.peaks["product"] / found.peaks["reference"]
+    row = dict(reference_s=statistics.median(seconds["reference"] for seconds in found.seconds),
+               product_s=statistics.median(seconds["product"] for seconds in found.seconds),
                ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios),
-               memory_ratio=peaks["product"] / peaks["reference"] if peaks["reference"] else None)
-    bounds = found["operations"] / rates[precision], found["bytes"] / rates["copy"]
-    print(f"| {TITLES.get(name, name)} | {row['reference_s']:.3f} | {row['product_s']:.3f} | {row['ratio']:.1f} "
-          f"({row['ratio_min']:.1f}-{row['ratio_max']:.1f}) | "
-          + ("- | " if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f} | ")
-          + (f"{bounds[0]:.2g} | {bounds[1]:.2g} | {max(bounds) / row['product_s']:.0%} |" if any(bounds) else
-             "- | - | - |"), flush=True)
+               memory_ratio=memory_ratio)
+    memory_text = "-" if memory_ratio is None else f"{memory_ratio:.2f}"
+    print(f"| {name} | {row['reference_s']:.3f} | {row['product_s']:.3f} | {row['ratio']:.1f} "
+          f"({row['ratio_min']:.1f}-{row['ratio_max']:.1f}) | {memory_text} |", flush=True)
     return row
 
 
-def scaling(device, rounds, path):
-    """Draw time and memory of a decoder's training step, on both sides, against batch, caption and vocabulary size."""
-    from matplotlib.figure import Figure
-
-    axes_of = {"pictures a batch": ("pictures", (3, 6, 12, 24), lambda x: x),
-               "tokens a caption": ("tokens", (5, 10, 20, 40), lambda x: (x, x)),
-               "words": ("vocab_size", (3000, 9000, 18000, 36000), lambda x: x)}
+def scaling(device: torch.device, rounds: int, path: Path) -> None:
+    """Draw time and memory of a decoder's training step, on both sides, against batch, caption and
+    vocabulary size."""
+    base = SIZES[device.type]
+    columns = {
+        "pictures a batch": {n: base._replace(pictures=n) for n in (3, 6, 12, 24)},
+        "tokens a caption": {n: base._replace(tokens=(n, n)) for n in (5, 10, 20, 40)},
+        "words": {n: base._replace(vocab_size=n) for n in (3000, 9000, 18000, 36000)},
+    }
     figure = Figure(figsize=(12, 6.4), layout="constrained")
-    axes = figure.subplots(2, len(axes_of), sharex="col")
-    for column, (label, (argument, values, convert)) in enumerate(axes_of.items()):
-        curves = {side: ([], []) for side in ("reference", "product")}
-        for value in values:
-            found = compare("scaling", partial(train_case, **{argument: convert(value)}), device, rounds)
-            for side, (times, peaks) in curves.items():
-                times.append(statistics.median(found["seconds"][side]))
-                peaks.append((found["memory"][side] or 0) / 2**20)
-            print(f"| {label} {value} | " + " | ".join(f"{side} {times[-1]:.3f} s, {peaks[-1]:.0f} MiB"
-                                                        for side, (times, peaks) in curves.items()) + " |", flush=True)
-        for side, (times, peaks) in curves.items():
-            growth = [f"{y[-1] / y[0]:.1f}" if y[0] else "-" for y in (times, peaks)]
-            print(f"  {label} x {values[-1] / values[0]:.0f}: {side} time x {growth[0]}, memory x {growth[1]}")
-            for row, (y, what) in enumerate(((times, "s a step"), (peaks, "MiB at the peak"))):
-                axes[row, column].plot(values, y, "o-", label=side)
-                axes[row, column].set(ylabel=what, ylim=(0, None), xlim=(0, None), **({"xlabel": label} if row else {}))
-                axes[row, column].grid(alpha=0.3)
+    axes = figure.subplots(2, len(columns), sharex="col")
+    for (label, sizes_of), (time_axis, memory_axis) in zip(columns.items(), axes.T):
+        times = {side: [] for side in SIDES}  # seconds a step
+        peaks = {side: [] for side in SIDES}  # MiB
+        for value, sizes in sizes_of.items():
+            found = compare("scaling", partial(train_case, sizes=sizes), device, rounds)
+            for side in SIDES:
+                seconds = statistics.median(both[side] for both in found.seconds)
+                times[side].append(seconds)
+                peaks[side].append((found.peaks[side] or 0) / 2**20)
+                print(f"{label} {value}, {side}: {seconds:.3f} s, {peaks[side][-1]:.0f} MiB",
+                      flush=True)
+        for side in SIDES:
+            time_axis.plot(list(sizes_of), times[side], "o-", label=side)
+            memory_axis.plot(list(sizes_of), peaks[side], "o-", label=side)
+        time_axis.set(ylabel="s a step", xlim=(0, None), ylim=(0, None))
+        memory_axis.set(ylabel="MiB at the peak", ylim=(0, None), xlabel=label)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
     axes[0, 0].legend()
     figure.savefig(path, dpi=80)
     print(f"Wrote {path}")
 
 
-def main():
+def main() -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("group", nargs="?", default="all", choices=(*CASES, "epoch", "scaling", "all"))
+    groups = *CASES, "epoch", "scaling", "all"
+    parser.add_argument("group", nargs="?", default="all", choices=groups)
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each side (5)")
     parser.add_argument("--device", default=CONFIG.device)
     parser.add_argument("--pictures", type=int, default=210_000, help="of an epoch (210000)")
-    parser.add_argument("--batch_size", type=int, default=CONFIG.batch_size, help=f"of an epoch ({CONFIG.batch_size})")
-    parser.add_argument("--workers", type=int, default=CONFIG.workers, help=f"of an epoch ({CONFIG.workers})")
+    parser.add_argument("--batch_size", type=int, default=CONFIG.batch_size,
+                        help=f"of an epoch ({CONFIG.batch_size})")
+    parser.add_argument("--workers", type=int, default=CONFIG.workers,
+                        help=f"of an epoch ({CONFIG.workers})")
     parser.add_argument("--json", metavar="FILE", help="also write the table here")
     parser.add_argument("--plot", metavar="FILE", default=Path(__file__).parent / "scaling.png",
                         help="where scaling draws its curves (benchmarks/scaling.png)")
     args = parser.parse_args()
     device = get_device(replace(CONFIG, device=args.device))
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else \
-        f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()} {chip}, Python {platform.python_version()}, torch "
-          f"{torch.__version__}, torchvision {torchvision.__version__}; {args.rounds} rounds")
+    if device.type == "cuda":
+        chip = torch.cuda.get_device_name(device)
+    else:
+        chip = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()} {chip}, "
+          f"Python {platform.python_version()}, torch {torch.__version__}, "
+          f"torchvision {torchvision.__version__}; {args.rounds} rounds")
     if args.group == "epoch":
         return epochs(device, args.pictures, args.batch_size, args.workers)
     if args.group == "scaling":
         return scaling(device, args.rounds, args.plot)
-    rates = measure_rates(device)
-    print(", ".join(f"{name} {rate / 1e9:.0f} G{'B' if name == 'copy' else 'FLOP'}/s" for name, rate in rates.items()))
-    print("\n| case | reference, s | product, s | speed-up (range) | memory, product / reference | compute bound, s | "
-          "bandwidth bound, s | of the bound |\n|---|---|---|---|---|---|---|---|", flush=True)
+    print("\n| case | reference, s | product, s | speed-up (range) | memory, product / reference |\n"
+          "|---|---|---|---|---|", flush=True)
     rows = {}
     for group in CASES if args.group == "all" else [args.group]:
         for name, make in CASES[group].items():
-            is_half = name.endswith("bf16") or (device.type == "cuda" and group == "train")
-            rows[name] = summarise(name, compare(name, make, device, args.rounds), rates,
-                                   "bfloat16" if is_half else "float32")
+            rows[name] = summarise(name, compare(name, make, device, args.rounds))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run(main)
