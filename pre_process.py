@@ -1,11 +1,17 @@
 """From AI Challenger's archives to data/WORDMAP.json and one HDF5 file per split.
 
-    python pre_process.py                     # the archives in data/ -> data/{train,valid,test_a,test_b}.h5
-    python pre_process.py --preset sample     # the same for data/sample/, after `python data/sample.py`
-    python pre_process.py --overwrite         # do it again, for other settings or other annotations
+    python pre_process.py                    # archives in data/ -> data/{train,valid,...}.h5
+    python pre_process.py --preset sample    # the same in data/sample/, after data/sample.py
+    python pre_process.py --overwrite        # again, for other settings or other annotations
 
-At 256 pixels the training pictures of the full set take 41 GB, those of each other split 6 GB. Splits that are done are
-left alone, so a second call returns at once. data/pre_process.json records counts and unreadable pictures.
+jieba segments a caption into words. Those of the training captions that are not too rare become the
+word map, and every caption a row of numbers: <start>, its words, <end>. A picture becomes a square
+of uint8 RGB. Left out are pictures that cannot be read or have no caption, empty captions, and
+those beyond captions_per_image.
+
+At 256 pixels the training pictures of the full set take 41 GB, those of each other split 6 GB.
+Splits that are done are left alone, so a second call returns at once. data/pre_process.json records
+counts and unreadable pictures.
 """
 import collections
 import contextlib
@@ -20,8 +26,9 @@ import sys
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 from utils import UserError, alone, end_with_parent, need_space, replacing, run_script, write_text
 
@@ -29,28 +36,39 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from config import get_config, parse_args
-from datasets import (FORMAT_VERSION, JIEBA_VERSION, PICTURE_SUFFIXES, BadPicture, build_word_map, encode_caption,
-                      load_word_map, normalise, open_split, read_image, tokenize, word_map_digest)
+from config import Config, get_config, parse_args
+from datasets import (FORMAT_VERSION, JIEBA_VERSION, PICTURE_SUFFIXES, BadPicture, build_word_map,
+                      encode_caption, load_word_map, normalise, open_split, read_image, tokenize,
+                      word_map_digest)
 
 # split: archive or folder, its folder of pictures, its annotations
 SPLITS = {
-    "train": ("ai_challenger_caption_train_20170902", "caption_train_images_20170902",
-              "caption_train_annotations_20170902.json"),
-    "valid": ("ai_challenger_caption_validation_20170910", "caption_validation_images_20170910",
-              "caption_validation_annotations_20170910.json"),
-    "test_a": ("ai_challenger_caption_test_a_20180103", "caption_test_a_images_20180103",
-               "caption_test_a_annotations_20180103.json"),
-    "test_b": ("ai_challenger_caption_test_b_20180103", "caption_test_b_images_20180103",
-               "caption_test_b_annotations_20180103.json"),
+    split: (f"ai_challenger_caption_{name}_{date}", f"caption_{name}_images_{date}",
+            f"caption_{name}_annotations_{date}.json")
+    for split, name, date in (("train", "train", "20170902"), ("valid", "validation", "20170910"),
+                              ("test_a", "test_a", "20180103"), ("test_b", "test_b", "20180103"))
 }
-METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+REQUIRED = ("train", "valid")
 MANY_UNKNOWN = 0.2  # share of words outside the word map above which there is a warning
 PIXELS_BEGIN = 4096  # bytes from the start of {split}.h5, after the header of an empty HDF5 file
 
+Tokens = dict[str, list[list[str]]]  # of each picture's captions, by its file name
+
+
+@dataclass
+class Source:
+    """The pictures of one split and their captions, as published."""
+    folder: Path | None  # None where the split is done and its source is gone
+    captions: dict[str, list[str]]  # of each picture, by its file name
+    digest: str = ""  # sha256 of the annotations
+    empty: int = 0  # captions left out, as are these:
+    extra: int = 0
+    no_caption: int = 0  # pictures left out
+
 
 def main():
-    args = parse_args(__doc__, {"overwrite": dict(action="store_true", help="make everything again")})
+    overwrite = dict(action="store_true", help="make everything again")
+    args = parse_args(__doc__, {"overwrite": overwrite})
     config = get_config(args.preset, args.flags)
     data_dir = Path(config.data_dir)
     if not data_dir.is_dir():
@@ -63,168 +81,373 @@ def main():
         make_splits(pool, config, args.overwrite)
 
 
-def make_splits(pool, config, overwrite):
+def make_splits(pool: ProcessPoolExecutor, config: Config, overwrite: bool):
     """Make the word map and the data files that are not there yet, or, to `overwrite`, all."""
     data_dir = Path(config.data_dir)
     sources = find_sources(config, overwrite)
-    for one, other in itertools.combinations(sources, 2):
-        if shared := set(sources[one]["image_ids"]) & set(sources[other]["image_ids"]):
-            print(f"warning: {one} and {other} share {len(shared)} file names, such as "
-                  f"{min(shared)}: where they are the same pictures, take them out of one of the two")
+    warn_of_shared_pictures(sources)
 
-    settings = dict(format_version=FORMAT_VERSION, image_size=config.image_size,
-                    captions_per_image=config.captions_per_image, max_len=config.max_len,
-                    min_word_freq=config.min_word_freq, jieba_version=JIEBA_VERSION)
-    expected = {split: settings | source["attributes"] for split, source in sources.items()}
     done = [split for split in sources if not overwrite and (data_dir / f"{split}.h5").exists()]
-    word_map = load_word_map(data_dir) if done else None
-    check_done(config, done, expected, word_map)
-    if len(done) == len(sources):
-        print(f"Nothing to do: {', '.join(done)} in {data_dir} are up to date (--overwrite makes them again).")
+    todo = [split for split in sources if split not in done]
+    word_map = load_word_map(data_dir) if done else {}
+    check_done(config, done, sources, word_map)
+    if not todo:
+        print(f"Nothing to do: {', '.join(done)} in {data_dir} are up to date (--overwrite makes "
+              f"them again).")
         return
 
-    if "train" not in done:
-        tokens = tokenize_all(pool, sources["train"]["captions"], "train")
-        word_map = build_word_map((words for captions in tokens for words in captions), config.min_word_freq)
-        check_done(config, done, expected, word_map)
+    if "train" in todo:
+        tokens = tokenize_all(pool, "train", sources["train"])
+        sentences = (words for picture in tokens.values() for words in picture)
+        word_map = build_word_map(sentences, config.min_word_freq)
+        check_done(config, done, sources, word_map)
         write_text(data_dir / "WORDMAP.json", json.dumps(word_map, ensure_ascii=False))
+
     report_path = data_dir / "pre_process.json"
     report = dict(vocabulary=len(word_map), jieba_version=JIEBA_VERSION,
                   splits=read_report(report_path) if done else {})
-    for split, source in sources.items():
-        if split not in done:
-            if split != "train":
-                tokens = tokenize_all(pool, source["captions"], split)
-            counts = write_split(pool, config, split, source, tokens, word_map, expected[split])
-            report["splits"][split] = counts
-            write_text(report_path, json.dumps(report, ensure_ascii=False, indent=1))
-            print_counts(split, counts)
-    print(f"Vocabulary: {len(word_map)} words (of at least {config.min_word_freq} occurrences, and 4 special tokens)\n"
-          f"Wrote {data_dir}/WORDMAP.json, {', '.join(f'{split}.h5' for split in sources if split not in done)}; "
-          f"counts and unreadable pictures: {report_path}")
+    for split in todo:
+        if split != "train":
+            tokens = tokenize_all(pool, split, sources[split])
+        counts = write_split(pool, config, split, sources[split], tokens, word_map)
+        report["splits"][split] = counts
+        write_text(report_path, json.dumps(report, ensure_ascii=False, indent=1))
+        print_counts(split, counts)
+    print(f"Vocabulary: {len(word_map)} words (of at least {config.min_word_freq} occurrences, and "
+          f"4 special tokens)\n"
+          f"Wrote {data_dir}/WORDMAP.json, {', '.join(f'{split}.h5' for split in todo)}; counts "
+          f"and unreadable pictures: {report_path}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Captions into numbers, pictures into pixels
+
+
+def tokenize_all(pool: ProcessPoolExecutor, split: str, source: Source) -> Tokens:
+    segmented = in_all_processes(pool, tokenize_picture, list(source.captions.values()), 256)
+    bar = tqdm(segmented, f"{split}: tokenize", len(source.captions), unit="picture")
+    tokens = {}
+    for picture, image_id in zip(bar, source.captions):
+        # Interned, each word is one object: a million captions fit into memory.
+        tokens[image_id] = [[sys.intern(word) for word in words] for words in picture]
+    return tokens
+
+
+def tokenize_picture(captions):
+    return [tokenize(caption) for caption in captions]
+
+
+def write_split(pool: ProcessPoolExecutor, config: Config, split: str, source: Source,
+                tokens: Tokens, word_map: dict[str, int]) -> dict:
+    """Pack the pictures of one split with their captions into {split}.h5, whole or not at all.
+
+    Returns what pre_process.json says of it. Raises UserError where too many pictures are
+    unreadable, or the disk has too little space.
+    """
+    path = Path(config.data_dir) / f"{split}.h5"
+    room = room_for_captions(config, source)
+    size = len(source.captions) * config.image_size**2 * 3 + room
+    with replacing(path, size) as temporary:
+        need_space(path.parent, size, f"for {path}")
+        unreadable, digest = write_pixels(pool, config, split, source, temporary, room)
+        captions = {image_id: texts for image_id, texts in source.captions.items()
+                    if image_id not in unreadable}
+        attributes = attributes_of(config, source, word_map)
+        with h5py.File(temporary, "r+", alignment_threshold=config.image_size**2 * 3,
+                       alignment_interval=PIXELS_BEGIN) as file:
+            name_pixels(file, (len(captions), config.image_size, config.image_size, 3))
+            counts = write_captions(file, config, captions, tokens, word_map)
+            file.attrs.update(attributes, split=split, images_digest=digest)
+    bad = [dict(image_id=image_id, reason=reason) for image_id, reason in unreadable.items()]
+    return dict(pictures=len(captions), bad_pictures=bad,
+                pictures_without_caption=source.no_caption, **counts,
+                empty_captions=source.empty, extra_captions=source.extra)
+
+
+def write_pixels(pool, config, split, source, path, room):
+    """Write all readable pictures, one after the other.
+
+    HDF5 crashes where the disk is full when it flushes its buffers. So the pixels are written
+    without it, and after them `room` zeros, which reserve all the space that it will need.
+
+    Returns why pictures are unreadable, by file name, and the sha256 of all pixels.
+    """
+    paths = [source.folder / image_id for image_id in source.captions]
+    images = in_all_processes(pool, partial(read_picture, image_size=config.image_size), paths, 8)
+    bar = tqdm(images, f"{split}: pictures", len(paths), unit="picture")
+    unreadable = {}
+    digest = hashlib.sha256()
+    h5py.File(path, "w").close()
+    with open(path, "r+b") as file:
+        file.seek(PIXELS_BEGIN)
+        for number, (image, image_id) in enumerate(zip(bar, source.captions), 1):
+            if isinstance(image, np.ndarray):
+                file.write(image)
+                digest.update(image)
+                continue
+            unreadable[image_id] = image
+            tqdm.write(f"unreadable picture: {image}", file=sys.stderr)
+            if len(unreadable) > config.max_bad_images * len(paths):
+                raise UserError(f"{len(unreadable)} of the first {number} of {len(paths)} pictures "
+                                f"in {source.folder} are unreadable, the last one {image}; replace "
+                                f"or remove them, or leave them out with --max_bad_images 1")
+        if len(unreadable) == len(paths):
+            raise UserError(f"no readable picture in {source.folder}")
+        file.write(bytes(room))
+    return unreadable, digest.hexdigest()
+
+
+def read_picture(path, image_size):
+    """The pixels, uint8 (image_size, image_size, 3), or, as str, why they cannot be read."""
+    try:
+        return read_image(path, image_size)
+    except BadPicture as error:
+        return str(error)
+
+
+def name_pixels(file, shape):
+    """Give the pixels that are in the file already their name, `images`."""
+    where = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    where.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    where.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    images = file.create_dataset("images", shape, np.uint8, dcpl=where)
+    assert images.id.get_offset() == PIXELS_BEGIN
+
+
+def write_captions(file, config, captions, tokens, word_map):
+    """Write ids, lengths, file names and text of the pictures in `captions`. Returns counts."""
+    n, k = len(captions), config.captions_per_image
+    ids = np.zeros((n, k, config.max_len + 2), np.int32)
+    lengths = np.zeros((n, k), np.int32)
+    raw = np.full((n, k), "", object)
+    for i, image_id in enumerate(captions):
+        for j, words in enumerate(tokens[image_id]):
+            ids[i, j], lengths[i, j] = encode_caption(words, word_map, config.max_len)
+            raw[i, j] = captions[image_id][j]
+    file["captions"] = ids
+    file["caption_lengths"] = lengths
+    file.create_dataset("image_ids", data=list(captions), dtype=h5py.string_dtype())
+    file.create_dataset("raw_captions", data=raw, dtype=h5py.string_dtype())
+
+    sentences = [words for image_id in captions for words in tokens[image_id]]
+    sizes = [len(words) for words in sentences]
+    unknown = sum(word not in word_map for words in sentences for word in words)
+    return dict(captions=len(sentences), words=sum(sizes),
+                unknown_word_rate=unknown / max(sum(sizes), 1),
+                longest_caption=max(sizes, default=0),
+                cut_captions=sum(size > config.max_len for size in sizes),
+                pictures_with_fewer_captions=sum(len(texts) < k for texts in captions.values()))
+
+
+def room_for_captions(config, source):
+    """Bytes of a data file for all but the pixels, with HDF5's overhead."""
+    text = len(repr(source.captions).encode())
+    numbers = config.captions_per_image * (4 * config.max_len + 100)
+    return len(source.captions) * (numbers + 100) + 2 * text + 2**16
+
+
+def print_counts(split, counts):
+    rate = counts["unknown_word_rate"]
+    print(f"{split}: {counts['pictures']} pictures, {len(counts['bad_pictures'])} unreadable, "
+          f"{counts['pictures_without_caption']} without caption; {counts['captions']} captions "
+          f"({counts['empty_captions']} empty and {counts['extra_captions']} extra ones left out, "
+          f"{counts['cut_captions']} cut at max_len, longest {counts['longest_caption']} words); "
+          f"{rate:.2%} unknown words")
+    if rate > MANY_UNKNOWN:
+        print(f"warning: {rate:.0%} of the words of {split} are too rare in train for the word "
+              f"map; with few captions, give --min_word_freq 1")
+
+
+# --------------------------------------------------------------------------------------------------
 # Reading what was published
 
 
-def find_sources(config, overwrite):
-    """Find each split's folder, extracting its archive where only that is there, and read its annotations.
-
-    Returns:
-        dict: split -> dict of read_source; of one that is done and has neither, image_ids and no attributes.
-    Raises:
-        UserError: train or valid missing, an incomplete folder, a bad archive or annotations.
+def find_sources(config: Config, overwrite: bool) -> dict[str, Source]:
+    """Read each split's annotations, after extracting its archive where only that is there; of a
+    split that is done and whose source is gone, only the file names.
     """
-    sources, data_dir = {}, Path(config.data_dir)
-    missing = [split for split, (name, *_) in SPLITS.items()
-               if not (data_dir / name).is_dir() and not (data_dir / f"{name}.zip").exists()]
-    done = [split for split in missing if (data_dir / f"{split}.h5").exists()]
-    for split in missing:
-        root = data_dir / SPLITS[split][0]
-        if split in done and not overwrite:
-            continue
-        if split in ("train", "valid", *done):
-            raise UserError(f"neither {root}/ nor {root}.zip exists: data/README.md says where to get it, and "
-                            f"`python data/sample.py` draws a small set to try with --preset sample")
-        print(f"{split}: no {root.name}.zip, left out")
-    for split, (name, images_name, annotations_name) in SPLITS.items():
-        if split in done:
+    data_dir = Path(config.data_dir)
+    published, gone = [], []
+    for split, (name, *_) in SPLITS.items():
+        root = data_dir / name
+        is_done = (data_dir / f"{split}.h5").exists()
+        if root.is_dir() or root.with_suffix(".zip").exists():
+            published.append(split)
+        elif is_done and not overwrite:
+            gone.append(split)
+        elif is_done or split in REQUIRED:
+            raise UserError(f"neither {root}/ nor {root}.zip exists: data/README.md says where to "
+                            f"get it, and `python data/sample.py` draws a small set to try with "
+                            f"--preset sample")
+        else:
+            print(f"{split}: no {name}.zip, left out")
+
+    sources = {}
+    for split in SPLITS:
+        if split in published:
+            sources[split] = read_source(*find_split(data_dir, split), config, split in REQUIRED)
+        elif split in gone:
             with open_split(data_dir / f"{split}.h5", {}) as file:
-                image_ids = file["image_ids"].asstr()[:].tolist()
-            sources[split] = dict(image_ids=image_ids, attributes={})
-        if split in missing:
-            continue
-        root, archive, is_required = data_dir / name, data_dir / f"{name}.zip", split in ("train", "valid")
-        if not root.is_dir():
-            extract_archive(archive, root)
-        top = find_top(root, images_name)
-        folder, annotations = top / images_name, top / annotations_name
-        for path in (folder, annotations) if is_required else (folder,):
-            if not path.exists():
-                found = ", ".join(sorted(path.name for path in top.iterdir())[:3]) or "nothing"
-                raise UserError(f"{path} does not exist; what {top}/ has is {found}. Move there what "
-                                f"belongs there, or remove {root}/ and get {archive.name} again")
-        sources[split] = read_source(folder, annotations, config, is_required)
+                image_ids = file["image_ids"].asstr()[:]
+            sources[split] = Source(None, {image_id: [] for image_id in image_ids})
     return sources
 
 
-def find_top(root, images_name):
-    """Where the pictures' folder is: `root`, or up to two folders below, where there are too many.
-
-    Returns: Path; `root` where it is nowhere.
+def find_split(data_dir, split):
+    """The folder of a split's pictures, and its annotations: at the top, or up to two folders too
+    many below it.
     """
-    for depth in ("", "*/", "*/*/"):
-        for path in sorted(root.glob(depth + images_name)):
-            if "__MACOSX" not in path.parts:
-                return path.parent
-    return root
+    name, images_name, annotations_name = SPLITS[split]
+    root = data_dir / name
+    archive = root.with_suffix(".zip")
+    if not root.is_dir():
+        extract_archive(archive, root)
+    found = [path.parent for depth in ("", "*/", "*/*/")
+             for path in sorted(root.glob(depth + images_name))
+             if "__MACOSX" not in path.parts]
+    top = found[0] if found else root
+    folder, annotations = top / images_name, top / annotations_name
+    for path in (folder, annotations) if split in REQUIRED else (folder,):
+        if not path.exists():
+            others = ", ".join(sorted(path.name for path in top.iterdir())[:3]) or "nothing"
+            raise UserError(f"{path} does not exist; what {top}/ has is {others}. Move there what "
+                            f"belongs there, or remove {root}/ and get {archive.name} again")
+    return folder, annotations
 
 
-def extract_archive(archive, folder):
+def read_source(folder: Path, annotations: Path, config: Config, is_annotated: bool) -> Source:
+    """Read the annotations of one split, or, where a test split has none, list its pictures.
+
+    Pictures without captions are left out, unless none has any and `is_annotated` is false.
+    """
+    if annotations.exists():
+        content = annotations.read_bytes()
+        entries = parse_annotations(content, annotations)
+    else:
+        entries = {name: [] for name in list_pictures(folder)}
+        content = "\n".join(entries).encode()
+    source = Source(folder, {}, hashlib.sha256(content).hexdigest())
+    is_annotated = is_annotated or any(entries.values())
+    for image_id, captions in entries.items():
+        # HDF5 strings end at NUL, and half of a surrogate pair (a broken emoji) cannot be encoded.
+        captions = [caption.replace("\0", "").encode("utf-8", "ignore").decode().strip()
+                    for caption in captions]
+        filled = [caption for caption in captions if normalise(caption)]
+        source.empty += len(captions) - len(filled)
+        source.extra += max(len(filled) - config.captions_per_image, 0)
+        if filled or not is_annotated:
+            source.captions[image_id] = filled[:config.captions_per_image]
+        else:
+            source.no_caption += 1
+    if not source.captions:
+        raise UserError(f"{annotations if annotations.exists() else folder} lists no pictures"
+                        + (" with captions" if entries else ""))
+    return source
+
+
+def list_pictures(folder):
+    paths = list(folder.iterdir())
+    names = sorted(path.name for path in paths if path.suffix.lower() in PICTURE_SUFFIXES
+                   and is_file_name(path.name) and not is_of_macos(path))
+    if others := len(paths) - len(names):
+        print(f"{folder}: {others} files left out, by their names no pictures")
+    return names
+
+
+def parse_annotations(content: bytes, path: Path) -> dict[str, list[str]]:
+    """The captions by picture's file name, of annotations in AI Challenger's form or COCO's."""
+    try:
+        entries = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): correct it, or get it again"
+                        ) from None
+    try:
+        return captions_of(entries_of_coco(entries) if isinstance(entries, dict) else entries)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; expected AI Challenger's list of "
+                        '{"url", "image_id": "NAME.jpg", "caption": [...]} (data/README.md)'
+                        ) from None
+
+
+def captions_of(entries):
+    if not isinstance(entries, list):
+        raise ValueError("not a list")
+    captions = {}
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise ValueError(f"entry {number} is not an object")
+        name, texts = entry.get("image_id"), entry.get("caption")
+        if not isinstance(name, str) or not is_file_name(name):
+            raise ValueError(f"entry {number}: {name!r} is not a picture's file name")
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"entry {number}, {name}: 'caption' is not a list of sentences")
+        if name in captions:
+            raise ValueError(f"entry {number} lists {name!r} a second time")
+        captions[name] = texts
+    return captions
+
+
+def entries_of_coco(content):
+    """COCO's object as AI Challenger's list."""
+    try:
+        images = content["images"]
+        captions = {image["id"]: [] for image in images}
+        for annotation in content.get("annotations", []):
+            captions[annotation["image_id"]].append(annotation["caption"])
+        if len(captions) < len(images):
+            raise ValueError("two of COCO's images have one id")
+        return [dict(image_id=image["file_name"], caption=captions[image["id"]])
+                for image in images]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"neither a list nor COCO's object ({error!r})") from None
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a file of this folder, and of no other, can have this name, in UTF-8."""
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        return False
+    return 0 < size < 256 and name not in (".", "..") and not set(name) & set("/\\\0")
+
+
+def is_of_macos(path: PurePath) -> bool:
+    """Whether a file is one that macOS adds: `._x.jpg` beside x.jpg is no picture."""
+    return "__MACOSX" in path.parts or path.name == ".DS_Store" or path.name.startswith("._")
+
+
+# --------------------------------------------------------------------------------------------------
+# What makes it safe: archives of strangers, files of an earlier call, processes that die
+
+
+def extract_archive(archive: Path, folder: Path):
     """Extract a zip into `folder`, whole or not at all, and nothing anywhere else.
 
-    A top folder of the archive's own name is dropped. Links, names that lead outside and decompression bombs are
-    refused; macOS's own files are left out.
-
-    Args:
-        archive (Path), folder (Path)
-    Raises:
-        UserError: names the archive and what is wrong with it.
+    A top folder of the archive's own name is dropped, and macOS's own files are left out.
     """
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with open_archive(archive) as file:
-            members = []
-            for member in file.infolist():
-                name = PurePosixPath(member.filename.replace("\\", "/"))
-                if stat.S_ISLNK(member.external_attr >> 16) or ".." in name.parts or name.is_absolute() \
-                        or ":" in member.filename:
-                    raise UserError(f"{archive}: member {member.filename!r} points outside its folder; refused. "
-                                    f"Get the archive from its publisher")
-                is_encrypted = member.flag_bits & 1
-                if is_encrypted or member.compress_type not in METHODS:
-                    method = zipfile.compressor_names.get(member.compress_type, "an unknown method")
-                    raise UserError(f"{archive} is packed with "
-                                    f"{'a password' if is_encrypted else method}, which cannot be "
-                                    f"undone here: extract it into {folder}/ with 7-Zip")
-                parts = name.parts[1:] if name.parts[:1] == (folder.name,) else name.parts
-                if parts and not member.is_dir() and not is_of_macos(name):
-                    members.append((temporary.joinpath(*parts), member))
-            if left_out := sum(is_of_macos(PurePosixPath(name)) for name in file.namelist()):
-                print(f"{archive.name}: {left_out} files of macOS's own left out")
-            size = sum(member.file_size for _, member in members)
-            if size > 100 * archive.stat().st_size + 2**20:
-                raise UserError(f"{archive} would unpack to {size / 2**30:.1f} GiB from "
-                                f"{archive.stat().st_size / 2**30:.3f} GiB; refused as a decompression bomb")
-            need_space(folder.parent, size, f"to extract {archive}")
-            with tqdm(total=size, unit="B", unit_scale=True, desc=f"extract {archive.name}") as bar:
-                for path, member in members:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with file.open(member) as source, open(path, "xb") as target:
-                        shutil.copyfileobj(source, target, 2**20)
-                    bar.update(member.file_size)
+            extract_members(file, archive, folder, temporary)
         temporary.mkdir(exist_ok=True)
         os.replace(temporary, folder)
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{archive} could not be extracted into {folder} ({error})") from None
-    except Exception as error:  # zipfile, zlib, lzma and struct each raise their own on a damaged archive
+    except RuntimeError as error:  # of a method that Python lacks, such as deflate64; a password
+        raise UserError(f"{archive} cannot be unpacked here ({error}): extract it into {folder}/ "
+                        f"with 7-Zip") from None
+    except Exception as error:  # zipfile, zlib, lzma and struct each raise their own on damage
         raise UserError(f"{archive} is damaged or not whole ({error}): get it again") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def is_of_macos(path):
-    """Whether a file (PurePath) is one that macOS adds: `._x.jpg` beside x.jpg is no picture."""
-    return "__MACOSX" in path.parts or path.name == ".DS_Store" or path.name.startswith("._")
-
-
 def open_archive(path):
-    """Open a zip. Names that do not say that they are UTF-8 are in UTF-8 (macOS), in GBK (Windows
-    in China) or, as the format has it, in code page 437. Returns: ZipFile.
+    """Open a zip, whose names are, if they do not say that they are UTF-8, in UTF-8 (macOS), GBK
+    (Windows in China) or, as the format has it, code page 437.
     """
     with contextlib.suppress(UnicodeDecodeError):
         file = zipfile.ZipFile(path, metadata_encoding="utf-8")
@@ -236,264 +459,88 @@ def open_archive(path):
     return zipfile.ZipFile(path)
 
 
-def read_source(folder, annotations, config, is_annotated):
-    """Read the annotations of one split: AI Challenger's list, COCO's object, or (a test split) none at all.
+def extract_members(file, archive, folder, temporary):
+    members, left_out = [], 0
+    for member in file.infolist():
+        name = PurePosixPath(member.filename.replace("\\", "/"))
+        is_link = stat.S_ISLNK(member.external_attr >> 16)
+        if is_link or ".." in name.parts or name.is_absolute() or ":" in member.filename:
+            raise UserError(f"{archive}: member {member.filename!r} points outside its folder; "
+                            f"refused. Get the archive from its publisher")
+        parts = name.parts[1:] if name.parts[:1] == (folder.name,) else name.parts
+        if is_of_macos(name):
+            left_out += 1
+        elif parts and not member.is_dir():
+            members.append((temporary.joinpath(*parts), member))
+    if left_out:
+        print(f"{archive.name}: {left_out} files of macOS's own left out")
 
-    Empty captions and those beyond captions_per_image are left out, and so are pictures without captions, unless no
-    picture of a test split has any.
-
-    Args:
-        folder (Path): of pictures. annotations (Path). config (Config). is_annotated (bool): there must be captions.
-    Returns:
-        dict: folder (Path); image_ids (list of str): file names; captions (list of lists of str): per picture; empty,
-        extra (int): captions left out; no_caption (int): pictures left out; attributes (dict): source, its sha256.
-    Raises:
-        UserError: names the file, the entry and what is wrong with it.
-    """
-    if annotations.exists():
-        content = annotations.read_bytes()
-        entries = parse_annotations(content, annotations)
-    else:
-        paths = list(folder.iterdir())
-        names = sorted(path.name for path in paths
-                       if path.suffix.lower() in PICTURE_SUFFIXES and not is_of_macos(path))
-        if len(paths) > len(names):
-            others = len(paths) - len(names)
-            print(f"{folder}: {others} files left out, by their names no pictures")
-        entries = {name: [] for name in names}
-        for name in names:
-            if not is_file_name(name):
-                raise UserError(f"{folder}: the name of {name!r} is not UTF-8; rename or remove it")
-        content = "\n".join(names).encode()
-    source = dict(folder=folder, image_ids=[], captions=[], empty=0, extra=0, no_caption=0,
-                  attributes=dict(source=hashlib.sha256(content).hexdigest()))
-    is_annotated = is_annotated or any(entries.values())
-    for image_id, captions in entries.items():
-        # HDF5 strings end at NUL, and half of a surrogate pair (a broken emoji) cannot be encoded.
-        captions = [caption.replace("\0", "").encode("utf-8", "ignore").decode().strip() for caption in captions]
-        filled = [caption for caption in captions if normalise(caption)]
-        source["empty"] += len(captions) - len(filled)
-        source["extra"] += max(len(filled) - config.captions_per_image, 0)
-        if filled or not is_annotated:
-            source["image_ids"].append(image_id)
-            source["captions"].append(filled[:config.captions_per_image])
-        else:
-            source["no_caption"] += 1
-    if not source["image_ids"]:
-        raise UserError(f"{annotations if annotations.exists() else folder} lists no pictures"
-                        + (" with captions" if entries else ""))
-    return source
+    size, packed = sum(member.file_size for _, member in members), archive.stat().st_size
+    if size > 100 * packed + 2**20:
+        raise UserError(f"{archive} would unpack to {size / 2**30:.1f} GiB from "
+                        f"{packed / 2**30:.3f} GiB; refused as a decompression bomb")
+    need_space(folder.parent, size, f"to extract {archive}")
+    with tqdm(total=size, unit="B", unit_scale=True, desc=f"extract {archive.name}") as bar:
+        for path, member in members:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with file.open(member) as source, open(path, "xb") as target:
+                shutil.copyfileobj(source, target, 2**20)
+            bar.update(member.file_size)
 
 
-def parse_annotations(content, path):
-    """Check the JSON of an annotation file, in AI Challenger's form or COCO's.
-
-    Args:
-        content (bytes): of the file. path (Path): for messages.
-    Returns:
-        dict: picture's file name -> list of str, in the file's order.
-    Raises:
-        UserError: not JSON, not of either form, a name with a folder in it, a picture listed twice.
-    """
-    def check(condition, what):
-        if not condition:
-            raise UserError(f"{path}: {what}; expected AI Challenger's list of "
-                            '{"url", "image_id": "NAME.jpg", "caption": [...]} (data/README.md)')
-
-    try:
-        entries = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): correct it, or get it again") from None
-    if isinstance(entries, dict):  # COCO's, turned into AI Challenger's
-        images, annotations = entries.get("images"), entries.get("annotations", [])
-        check(isinstance(images, list) and isinstance(annotations, list), "neither a list nor COCO's object of lists")
-        captions = {}
-        for number, image in enumerate(images):
-            check(isinstance(image, dict) and isinstance(image.get("id"), (int, str)), f"images[{number}] lacks 'id'")
-            check(image["id"] not in captions, f"images[{number}] repeats id {image['id']!r}")
-            captions[image["id"]] = []
-        for number, annotation in enumerate(annotations):
-            check(isinstance(annotation, dict) and isinstance(annotation.get("image_id"), (int, str))
-                  and annotation["image_id"] in captions, f"annotations[{number}] names no picture of 'images'")
-            captions[annotation["image_id"]].append(annotation.get("caption"))
-        entries = [dict(image_id=image.get("file_name"), caption=captions[image["id"]]) for image in images]
-    check(isinstance(entries, list), "not a list")
-    found = {}
-    for number, entry in enumerate(entries):
-        check(isinstance(entry, dict), f"entry {number} is not an object")
-        name, captions = entry.get("image_id"), entry.get("caption")
-        check(isinstance(name, str) and is_file_name(name), f"entry {number}: {name!r} is not a picture's file name")
-        check(isinstance(captions, list) and all(isinstance(text, str) for text in captions),
-              f"entry {number}, {name}: 'caption' is not a list of sentences")
-        check(name not in found, f"entry {number} lists {name!r} a second time")
-        found[name] = captions
-    return found
+def warn_of_shared_pictures(sources):
+    for one, other in itertools.combinations(sources, 2):
+        if shared := sources[one].captions.keys() & sources[other].captions.keys():
+            print(f"warning: {one} and {other} share {len(shared)} file names, such as "
+                  f"{min(shared)}: where they are the same pictures, take them out of one of the "
+                  f"two")
 
 
-def is_file_name(name):
-    """Whether a file of this folder, and of no other, can have this name, in UTF-8."""
-    try:
-        return 0 < len(name.encode()) < 256 and name not in (".", "..") and not set(name) & set("/\\\0")
-    except UnicodeEncodeError:
-        return False
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing what is trained from
-
-
-def check_done(config, done, expected, word_map):
-    """Raise UserError where a split that is done was made otherwise: only --overwrite replaces it.
-
-    Args: config (Config). done (list of str). expected (dict): split -> attributes. word_map (dict).
-    """
+def check_done(config, done, sources, word_map):
+    """Raise UserError where a split that is done was made otherwise."""
     for split in done:
-        wanted = dict(expected[split], word_map_digest=word_map_digest(word_map))
-        with open_split(Path(config.data_dir) / f"{split}.h5", wanted):
+        expected = attributes_of(config, sources[split], word_map)
+        with open_split(Path(config.data_dir) / f"{split}.h5", expected):
             pass
 
 
+def attributes_of(config, source, word_map):
+    """What a data file is made from; the annotations count as long as they are there."""
+    attributes = dict(format_version=FORMAT_VERSION, image_size=config.image_size,
+                      captions_per_image=config.captions_per_image, max_len=config.max_len,
+                      min_word_freq=config.min_word_freq, jieba_version=JIEBA_VERSION)
+    if source.digest:
+        attributes["source"] = source.digest
+    return dict(attributes, word_map_digest=word_map_digest(word_map))
+
+
 def read_report(path):
-    """What pre_process.json says of the splits that are done. Returns: dict, split -> dict of counts."""
+    """The counts of the splits that are done, which nothing depends on."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["splits"])
-    except FileNotFoundError:
+    except (OSError, ValueError, TypeError, KeyError):
         return {}
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): remove it, or make everything again with --overwrite"
-                        ) from None
 
 
-def tokenize_all(pool, captions, split):
-    """Tokenize each picture's captions, in all processes of the pool. Returns: list of lists of lists of str."""
-    chunks = [captions[i:i + 256] for i in range(0, len(captions), 256)]
-    tokens = []
-    with tqdm(total=len(captions), desc=f"{split}: tokenize", unit="picture") as bar:
-        for chunk in ordered_map(pool, tokenize_chunk, chunks):
-            # Interned, each word is one object: a million captions fit into memory.
-            tokens += [[[sys.intern(word) for word in words] for words in picture] for picture in chunk]
-            bar.update(len(chunk))
-    return tokens
-
-
-def tokenize_chunk(chunk):
-    return [[tokenize(caption) for caption in captions] for captions in chunk]
-
-
-def write_split(pool, config, split, source, tokens, word_map, attributes):
-    """Decode, resize and pack the pictures of one split with their captions into {split}.h5.
-
-    Args:
-        pool (ProcessPoolExecutor). config (Config). split (str). source (dict): of read_source.
-        tokens (list of lists of lists of str): of each picture's captions. word_map (dict).
-        attributes (dict): what check_done compares.
-    Returns:
-        dict: counts, and the unreadable pictures with their reasons.
-    Raises:
-        UserError: too many unreadable pictures, or not enough disk space.
+def in_all_processes(pool, function, items, size):
+    """pool.map in chunks, only a few of them ahead of the reader, so that a slow disk does not fill
+    the memory with pictures.
     """
-    path = Path(config.data_dir) / f"{split}.h5"
-    side, n, k = config.image_size, len(source["image_ids"]), config.captions_per_image
-    text = sum(len(text.encode()) for texts in [source["image_ids"], *source["captions"]] for text in texts)
-    room = n * (k * (4 * config.max_len + 100) + 100) + 2 * text + 2**16  # for all but the pixels, with HDF5's overhead
-    size = n * side * side * 3 + room
-
-    bad, good, digest = [], [], hashlib.sha256()
-    paths = [source["folder"] / image_id for image_id in source["image_ids"]]
-    chunks = [paths[i:i + 8] for i in range(0, n, 8)]
-    with replacing(path, size) as temporary:
-        need_space(path.parent, size, f"for {path}")
-        # HDF5 crashes where the disk is full when it flushes its buffers. So the pixels are written without it, and
-        # after them zeros that reserve all the space it will need.
-        h5py.File(temporary, "w").close()
-        with open(temporary, "r+b") as file:
-            file.seek(PIXELS_BEGIN)
-            images = itertools.chain.from_iterable(ordered_map(pool, partial(read_chunk, image_size=side), chunks))
-            for i, image in enumerate(tqdm(images, f"{split}: pictures", n, unit="picture")):
-                if isinstance(image, str):
-                    bad.append({"image_id": source["image_ids"][i], "reason": image})
-                    tqdm.write(f"unreadable picture: {image}", file=sys.stderr)
-                    if len(bad) > config.max_bad_images * n:
-                        raise UserError(f"{len(bad)} of the first {i + 1} of {n} pictures in {source['folder']} are "
-                                        f"unreadable, the last one {image}; replace or remove them, or leave them "
-                                        f"out with --max_bad_images 1")
-                else:
-                    file.write(image)
-                    digest.update(image)
-                    good.append(i)
-            if not good:
-                raise UserError(f"no readable picture in {source['folder']}")
-            file.write(bytes(room))
-        where = h5py.h5p.create(h5py.h5p.DATASET_CREATE)  # at PIXELS_BEGIN, and nothing is written there
-        where.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        where.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        with h5py.File(temporary, "r+", alignment_threshold=side * side * 3, alignment_interval=PIXELS_BEGIN) as file:
-            images = file.create_dataset("images", (len(good), side, side, 3), np.uint8, dcpl=where)
-            assert images.id.get_offset() == PIXELS_BEGIN
-            counts = write_captions(file, config, [source["image_ids"][i] for i in good],
-                                    [source["captions"][i] for i in good], [tokens[i] for i in good], word_map)
-            file.attrs.update(attributes, split=split, word_map_digest=word_map_digest(word_map),
-                              images_digest=digest.hexdigest())
-    return dict(pictures=len(good), bad_pictures=bad, pictures_without_caption=source["no_caption"], **counts,
-                empty_captions=source["empty"], extra_captions=source["extra"])
-
-
-def write_captions(file, config, image_ids, captions, tokens, word_map):
-    """Write ids, lengths, file names and text. Returns: dict of counts."""
-    n, k = len(image_ids), config.captions_per_image
-    ids = np.zeros((n, k, config.max_len + 2), np.int32)
-    lengths = np.zeros((n, k), np.int32)
-    raw = np.full((n, k), "", object)
-    for i in range(n):
-        for j, words in enumerate(tokens[i]):
-            ids[i, j], lengths[i, j] = encode_caption(words, word_map, config.max_len)
-            raw[i, j] = captions[i][j]
-    file["captions"], file["caption_lengths"] = ids, lengths
-    file.create_dataset("image_ids", data=image_ids, dtype=h5py.string_dtype())
-    file.create_dataset("raw_captions", data=raw, dtype=h5py.string_dtype())
-    words = [len(words) for picture in tokens for words in picture]
-    unknown = sum(word not in word_map for picture in tokens for words in picture for word in words)
-    return dict(captions=len(words), words=sum(words), unknown_word_rate=unknown / max(sum(words), 1),
-                longest_caption=max(words, default=0), cut_captions=sum(length > config.max_len for length in words),
-                pictures_with_fewer_captions=sum(len(picture) < k for picture in captions))
-
-
-def read_chunk(paths, image_size):
-    """read_image of each. Returns: list of uint8 (image_size, image_size, 3), or str: why one is unreadable."""
-    images = []
-    for path in paths:
-        try:
-            images.append(read_image(path, image_size))
-        except BadPicture as error:
-            images.append(str(error))
-    return images
-
-
-def ordered_map(pool, function, items):
-    """pool.map only a few items ahead of its reader, so that a slow disk does not fill the memory with pictures."""
-    pending, window = collections.deque(), 4 * os.cpu_count()
+    pending = collections.deque()
     try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) >= window:
-                yield pending.popleft().result()
+        for start in range(0, len(items), size):
+            pending.append(pool.submit(map_chunk, function, items[start:start + size]))
+            if len(pending) == 4 * os.cpu_count():
+                yield from pending.popleft().result()
         while pending:
-            yield pending.popleft().result()
+            yield from pending.popleft().result()
     except BrokenProcessPool:
-        raise UserError("a worker process was killed, probably out of memory: close other programs and run this again; "
-                        "splits that are done are kept") from None
+        raise UserError("a worker process was killed, probably out of memory: close other programs "
+                        "and run this again; splits that are done are kept") from None
 
 
-def print_counts(split, counts):
-    rate = counts["unknown_word_rate"]
-    print(f"{split}: {counts['pictures']} pictures, {len(counts['bad_pictures'])} unreadable, "
-          f"{counts['pictures_without_caption']} without caption; {counts['captions']} captions "
-          f"({counts['empty_captions']} empty and {counts['extra_captions']} extra ones left out, "
-          f"{counts['cut_captions']} cut at max_len, longest {counts['longest_caption']} words); "
-          f"{rate:.2%} unknown words")
-    if rate > MANY_UNKNOWN:
-        print(f"warning: {rate:.0%} of the words of {split} are too rare in train for the word map; with few captions, "
-              f"give --min_word_freq 1")
+def map_chunk(function, chunk):
+    return [function(item) for item in chunk]
 
 
 if __name__ == "__main__":
