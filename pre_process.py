@@ -48,7 +48,7 @@ SPLITS = {
     for split, name, date in (("train", "train", "20170902"), ("valid", "validation", "20170910"),
                               ("test_a", "test_a", "20180103"), ("test_b", "test_b", "20180103"))
 }
-REQUIRED = ("train", "valid")
+REQUIRED = {"train", "valid"}
 MANY_UNKNOWN = 0.2  # share of words outside the word map above which there is a warning
 PIXELS_BEGIN = 4096  # bytes from the start of {split}.h5, after the header of an empty HDF5 file
 

@@ -21,6 +21,7 @@ import re
 import shlex
 import sys
 import unicodedata
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -28,54 +29,215 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where config.
 
 from config import PRESETS, Config, new_parser  # noqa: E402
 from data.flickr8k_cn import lay_out  # noqa: E402
-from datasets import (  # noqa: E402
-    PICTURE_SUFFIXES,
-    BadPicture,
-    largest_batch_size,
-    normalise,
-    open_picture,
-)
-from pre_process import SPLITS, is_file_name, is_of_macos  # noqa: E402
+from datasets import PICTURE_SUFFIXES, BadPicture, largest_batch_size  # noqa: E402
+from datasets import normalise, open_picture  # noqa: E402
+from pre_process import SPLITS, is_of_macos  # noqa: E402
 from utils import UserError, printable, run_script, write_text  # noqa: E402
 
-# What headers call their columns, in small letters, without digits and signs
-FILE_WORDS = set("file filename filepath image images imageid imagename imagefile imagepath img "
-                 "name path picture photo 图 图片 图像 照片 文件 文件名 文件名称 图片名 图片名称 "
-                 "图片文件 图片文件名 图像文件 照片名 名称 路径 图片路径 文件路径".split())
-SENTENCE_WORDS = set("caption captions sentence sentences text description descriptions desc "
-                     "comment 描述 句子 标注 说明 文字 文本 标题 图片描述 中文描述".split())
-DELIMITERS = "\t,;|"
+# What headers call columns of sentences
+SENTENCE_WORDS = ("caption", "sentence", "text", "description", "comment",
+                  "描述", "句子", "标注", "说明", "文字", "文本", "标题")
 FEW_SENTENCES = 3000  # with fewer, a word of the training sentences is kept that is there only once
 SHOWN = 10  # lines on the screen of what is left out
+OUT = PRESETS["own"]["data_dir"]
 START = "models/photographs.pth.tar"  # the model that training begins from
+
+
+def main():
+    parser = new_parser("Lay one's own pictures and sentences out as AI Challenger's are.")
+    parser.add_argument("pictures", type=Path, metavar="PICTURES", help="a folder")
+    parser.add_argument("table", type=Path, metavar="TABLE", help="CSV, TSV, JSON or JSONL")
+    parser.add_argument("--out", type=Path, default=Path(OUT), metavar="DIR")
+    for flag in ("--valid", "--test"):
+        parser.add_argument(flag, type=share, default="10%", metavar="N",
+                            help="a number of pictures, or a part of them such as 10%%")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    folder = Folder(args.pictures)
+    captions, left_out = gather(read_table(args.table, folder), folder)
+    if not captions:
+        row, reason, name, _ = left_out[0]
+        raise UserError(f"{args.table}: nothing is left; row {row}, {name}: {reason}")
+    n = len(captions)
+    splits = split_pictures(captions, max(args.valid(n), 1), args.test(n), args.seed)
+    write_layout(args.out, args.table, folder, splits, captions)
+
+    for split, pictures in splits.items():
+        count = sum(len(captions[picture]) for picture in pictures)
+        print(f"{split:6} {len(pictures):6,} pictures {count:7,} sentences")
+    write_left_out(args.out / "left_out.txt", left_out)
+    print_commands(args.out, splits, captions)
+
+
+def share(text: str) -> Callable[[int], int]:
+    """A number of pictures, or a part such as 10%, for argparse: a function of how many."""
+    if not re.fullmatch("[0-9]{1,9}%?", text):
+        raise ValueError(text)
+    number = int(text.removesuffix("%"))
+    return lambda n: round(n * number / 100) if text.endswith("%") else number
+
+
+# --------------------------------------------------------------------------------------------------
+# The pictures
+
+
+class Folder:
+    """The pictures under a folder, as paths in it, and what a table may call them."""
+
+    def __init__(self, path: Path):
+        if not path.is_dir():
+            raise UserError(f"{path} is no folder of pictures")
+        self.path = path
+        written = {name for name, _, _ in SPLITS.values()}  # by this script, at an earlier call
+        files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+        files = [file for file in files if not is_of_macos(file) and not written & set(file.parts)]
+        self.pictures = sorted(file.as_posix() for file in files
+                               if file.suffix.lower() in PICTURE_SUFFIXES)
+        self.file_names = {spelling(file.name) for file in files}
+        if not self.pictures:
+            raise UserError(f"{path} has no picture, by the suffixes {' '.join(PICTURE_SUFFIXES)}")
+        self.ways = [collections.defaultdict(list) for _ in range(4)]  # the strictest first
+        for picture in self.pictures:
+            whole = PurePosixPath(spelling(picture))
+            forms = whole, whole.with_suffix(""), whole.name, whole.stem
+            for way, form in zip(self.ways, forms, strict=True):
+                way[str(form)].append(picture)
+
+    def find(self, cell) -> list[str]:
+        """What a cell may mean: by path or else by name alone, with suffix or else without."""
+        written = spelling(str(cell).strip().replace("\\", "/").removeprefix("./"))
+        outside = f"/{spelling(self.path.resolve().name)}/"  # of a path from outside the folder
+        for name in (written, f"/{written}".rpartition(outside)[2]):
+            for way in self.ways:
+                if name in way:
+                    return way[name]
+        return []
+
+    def why_not(self, cell) -> str:
+        """Why a cell means no picture."""
+        if pictures := self.find(cell):
+            return f"may be {' or '.join(pictures)}"
+        if spelling(re.split(r"[/\\]", str(cell).strip())[-1]) in self.file_names:
+            return "not one of the kinds of pictures that are read: save it as JPEG or PNG"
+        return "no such picture"
+
+
+def spelling(name):
+    """A name in small letters and in Unicode's composed form; macOS decomposes it."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def flat_names(pictures: Iterable[str]) -> dict[str, str]:
+    """File names for one folder, in small letters too: the pictures' own, numbered where any two
+    are the same.
+    """
+    names = {path: PurePosixPath(path).name.replace("\\", "_") for path in pictures}
+    if len(set(map(spelling, names.values()))) < len(names):
+        names = {path: f"{number}_{name}" for number, (path, name) in enumerate(names.items(), 1)}
+    return names
+
+
+def fault_of(path: Path) -> str:
+    """Why a picture cannot be read, "" where it can."""
+    try:
+        open_picture(path, 32)  # small, which costs least
+        return ""
+    except BadPicture as error:
+        return str(error).removeprefix(f"{path}: ")
 
 
 # --------------------------------------------------------------------------------------------------
 # The table
 
 
-def read_table(path, folder):
+def read_table(path: Path, folder: Folder) -> list[tuple[int, object, list]]:
+    """The rows of a table: number from 1, name of a picture, sentences. JSON may have anything in
+    the place of either.
     """
-    Reads the table, whatever its form.
+    header, table = header_and_rows(path, folder)
+    # Of each column the cells, "" where a row ends before it.
+    columns = list(itertools.zip_longest(*(cells for _, cells in table), fillvalue=""))
+    counts = [sum(bool(folder.find(cell)) for cell in cells) for cells in columns]
+    if not any(counts):
+        first = str(table[0][1])[:100] if table else "nothing"
+        raise UserError(f"{path}: no row names a picture of {folder.path} ({len(folder.pictures)} "
+                        f"pictures, such as {folder.pictures[0]}); the first one is {first}")
+    file = counts.index(max(counts))
+    names = [*map(str, header), *[""] * len(columns)][:len(columns)]
+    sentences = sentence_columns(names, file)
+    if not sentences:
+        raise UserError(f"{path} has pictures and no sentences: a row is a picture and its "
+                        f"sentences, with a comma or a tab between")
+    called = [f"{number} ({name})" if name else str(number) for number, name in enumerate(names, 1)]
+    print(f"Pictures: column {called[file]}; sentences: column "
+          + ", ".join(called[column] for column in sentences))
 
-    Returns ([column's name], or None where there are none; [(row from 1, [cells])]). A cell of JSON
-    is what JSON has. Raises UserError that names the row.
-    """
+    texts = zip(*(columns[column] for column in sentences), strict=True)
+    return [(row, name, listed(cells))
+            for (row, _), name, cells in zip(table, columns[file], texts, strict=True)]
+
+
+def listed(cells):
+    """The sentences in the cells of a row, each of which may be a list, or empty."""
+    lists = [cell if isinstance(cell, list) else [cell] for cell in cells]
+    return [text for texts in lists for text in texts if text]
+
+
+def header_and_rows(path, folder):
+    table = read_rows(path)
+    kinds = {type(cells) for _, cells in table}
+    if kinds == {dict}:
+        header = list(dict.fromkeys(key for _, entry in table for key in entry))
+        return header, [(row, [entry.get(key) for key in header]) for row, entry in table]
+    if kinds - {list}:
+        raise UserError(f"{path}: neither objects nor lists of a picture and its sentences; "
+                        f"data/README.md shows the forms")
+    if table and is_header(table[0][1], folder):
+        return table[0][1], table[1:]
+    return [], table
+
+
+def sentence_columns(names, file):
+    """Which columns hold sentences: by their names, and those without one that follow; or all."""
+    others = [column for column in range(len(names)) if column != file]
+    chosen = [column for column in others if is_of_sentences(names[column])]
+    if not chosen:
+        return others
+    return chosen + [column for column in others if not names[column] and column > max(chosen)]
+
+
+def is_of_sentences(column):
+    return any(word in column.lower() for word in SENTENCE_WORDS)
+
+
+def is_header(cells, folder):
+    names = [str(cell).lower() for cell in cells]
+    has_picture = any(folder.find(name) or name.endswith(PICTURE_SUFFIXES) for name in names)
+    return not has_picture and any(map(is_of_sentences, names))
+
+
+def read_rows(path):
+    """What a table has in each row: a list of cells, or whatever JSON has there."""
     text = read_text(path)
     if path.suffix.lower() == ".jsonl":
-        lines = [(row, line) for row, line in enumerate(text.split("\n"), 1) if line.strip()]
-        entries = [(row, parse(line, f"{path}, line {row}")) for row, line in lines]
-        return columns_of_json(entries, path)
+        lines = enumerate(text.split("\n"), 1)
+        return [(row, parse(line, f"{path}, line {row}")) for row, line in lines if line.strip()]
     if path.suffix.lower() == ".json":
         found = parse(text, path)
-        if isinstance(found, dict):
-            return None, rows_of_object(found, path)
-        entries = list(enumerate(found, 1)) if isinstance(found, list) else []
-        return columns_of_json(entries, path)
-    rows = read_cells(text, path, folder)
-    first = rows[0][1]
-    has_header = any(plain(cell) in FILE_WORDS | SENTENCE_WORDS for cell in first)
-    return (first, rows[1:]) if has_header else (None, rows)
+        if not isinstance(found, list):
+            raise UserError(f"{path}: not a list of rows; data/README.md shows the forms")
+        return list(enumerate(found, 1))
+    delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
+    lines, rows = io.StringIO(text, newline=""), []
+    try:
+        for cells in csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True):
+            rows.append(cells)
+    except csv.Error as error:
+        raise UserError(f'{path}, after row {len(rows)}: a quote is not closed, or not doubled '
+                        f'within quotes ({error}): a cell that begins with one is written '
+                        f'"""so"" it goes on"') from None
+    return [(row, cells) for row, cells in enumerate(rows, 1) if any(map(str.strip, cells))]
 
 
 def read_text(path):
@@ -92,302 +254,95 @@ def read_text(path):
 
 
 def parse(text, where):
-    """JSON. Raises UserError, also for a key that is there twice: Python would keep the last."""
-    def once(pairs):
-        found = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError(f"{key!r} is there twice; give its sentences as one list")
-            found[key] = value
-        return found
-
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error}): correct it") from None
-
-
-def columns_of_json(entries, path):
-    """A table of [(row, object or list)]. Raises UserError for anything else."""
-    kinds = {type(entry) for _, entry in entries}
-    if kinds == {list}:
-        return None, entries
-    if kinds == {dict}:
-        header = list(dict.fromkeys(key for _, entry in entries for key in entry))
-        return header, [(row, [entry.get(key) for key in header]) for row, entry in entries]
-    raise UserError(f"{path}: neither objects nor lists of a picture and its sentences; "
-                    f"data/README.md shows the forms")
-
-
-def rows_of_object(found, path):
-    """The rows of an object picture -> sentences, or of COCO's."""
-    if not {"images", "annotations"} <= found.keys():
-        return list(enumerate(map(list, found.items()), 1))
-    try:
-        names = {image["id"]: image["file_name"] for image in found["images"]}
-        return [(row, [names.get(entry["image_id"], entry["image_id"]), entry["caption"]])
-                for row, entry in enumerate(found["annotations"], 1)]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not quite COCO's form ({error!r}): images need id and "
-                        f"file_name, annotations image_id and caption") from None
-
-
-def read_cells(text, path, folder):
-    """
-    The rows of a text, without blank ones. The delimiter is the one by which most lines name a
-    picture.
-    """
-    def matches(delimiter):
-        cells_of = (line.split(delimiter) for line in text.splitlines())
-        return sum(any(folder.find(cell.strip(' "')) for cell in cells) for cells in cells_of)
-
-    delimiter = max(DELIMITERS, key=matches)
-    if not matches(delimiter):
-        raise none_named(path, folder, text.strip().partition("\n")[0] or "nothing")
-    lines, rows = io.StringIO(text, newline=""), []
-    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
-    try:
-        for row, cells in enumerate(reader, 1):
-            if any(cell.strip() for cell in cells):
-                rows.append((row, cells))
-    except csv.Error as error:
-        after = f"after row {rows[-1][0]}" if rows else "row 1"
-        raise UserError(f'{path}, {after}: a quote is not closed, or not doubled within quotes '
-                        f'({error}): a cell that begins with one is written """so"" it goes on"'
-                        ) from None
-    return rows
-
-
-def none_named(path, folder, first):
-    """The UserError of a table that has none of the pictures. Args: first (str): its first row."""
-    return UserError(f"{path}: no row names a picture of {folder.path} ({len(folder.pictures)} "
-                     f"pictures, such as {folder.pictures[0]}); the first one is {first[:100]}")
-
-
-def plain(name):
-    """A column's name in small letters, without digits and signs."""
-    return re.sub(r"[\W\d_]+", "", str(name)).casefold()
-
-
-def choose_columns(header, rows, folder, path):
-    """
-    Which column names the picture (the one that names most), and which hold sentences.
-
-    Returns (int, [int]), from 0. Raises UserError where there is none.
-    """
-    width = max((len(cells) for _, cells in rows), default=0)
-    counts = [0] * width
-    for _, cells in rows:
-        for c, cell in enumerate(cells):
-            counts[c] += bool(folder.find(cell))
-    if not any(counts):
-        raise none_named(path, folder, str(rows[0][1]) if rows else "nothing")
-    file = counts.index(max(counts))
-    others = [c for c in range(width) if c != file]
-    if not others:
-        raise UserError(f"{path} has pictures and no sentences: a row is a picture and its "
-                        f"sentences, with one of {' '.join(map(repr, DELIMITERS))} between")
-    if header is None:
-        return file, others
-    names = [plain(name) for name in header] + [""] * (width - len(header))
-    chosen = ([c for c in others if names[c] in SENTENCE_WORDS]
-              or [c for c in others if any(word in names[c] for word in SENTENCE_WORDS)]
-              or [c for c in others if names[c] and names[c] not in FILE_WORDS])
-    if not chosen:
-        return file, others
-    further = [c for c in others if not names[c] and c > max(chosen)]  # under no name
-    return file, chosen + further
-
-
-# --------------------------------------------------------------------------------------------------
-# The pictures
-
-
-class Folder:
-    """The pictures under a folder, found by any of the ways in which a table may name them."""
-
-    def __init__(self, path):
-        """Args: path (Path). What this script wrote below it, at an earlier call, is not of it."""
-        if not path.is_dir():
-            raise UserError(f"{path} is no folder of pictures")
-        self.path, self.name = path, spelling(path.resolve().name)
-        written = {name for name, _, _ in SPLITS.values()}
-        files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
-        files = [file for file in files if not is_of_macos(file) and not written & set(file.parts)]
-        pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
-        self.pictures = sorted(file.as_posix() for file in pictures)
-        self.other_names = {spelling(file.name) for file in set(files).difference(pictures)}
-        if not self.pictures:
-            raise UserError(f"{path} has no picture, by the suffixes {' '.join(PICTURE_SUFFIXES)}")
-        self.ways = [collections.defaultdict(list) for _ in range(6)]  # the strictest first
-        for picture in self.pictures:
-            whole, name = spelling(picture), spelling(picture).rpartition("/")[2]
-            for way, key in zip(self.ways, (*forms(whole), *forms(name)), strict=True):
-                way[key].append(picture)
-
-    def find(self, cell):
-        """What a cell may mean, by path or else by name alone. Returns: list of str."""
-        written = written_name(cell)
-        below = f"/{written}".rpartition(f"/{self.name}/")[2]  # of a path from outside the folder
-        for name in (written, below):
-            folded = name.casefold()
-            for way, key in zip(self.ways, (name, folded, folded) * 2, strict=True):
-                if key in way:
-                    return way[key]
-        return []
-
-
-def spelling(name):
-    """A name in Unicode's composed form; macOS decomposes it."""
-    return unicodedata.normalize("NFC", name)
-
-
-def written_name(cell):
-    """What a cell says of a picture, with the slashes of this program. Returns: str."""
-    return spelling(str(cell).strip().replace("\\", "/").removeprefix("./"))
-
-
-def forms(name):
-    """A picture's name as it is, in any case, and without its suffix."""
-    return name, name.casefold(), name[:-len(PurePosixPath(name).suffix)].casefold()
-
-
-def flat_names(pictures):
-    """
-    File names for one folder, also one that takes capitals for small letters: a picture's own name
-    where no other has it, otherwise its path joined by `_`. Returns {path: str}.
-    """
-    def key(path):
-        return spelling(PurePosixPath(path).name).casefold()
-
-    counts, names = collections.Counter(map(key, pictures)), {}
-    for path in pictures:
-        if counts[key(path)] == 1 and is_file_name(PurePosixPath(path).name):
-            names[path] = PurePosixPath(path).name
-    taken = set(map(key, names.values()))
-    for path in sorted(set(pictures) - names.keys()):
-        joined = PurePosixPath(re.sub(r"[/\\]", "_", path))
-        numbered = (f"{joined.stem[:50]}_{number}{joined.suffix}" for number in itertools.count(2))
-        names[path] = next(name for name in itertools.chain([joined.name], numbered)
-                           if is_file_name(name) and key(name) not in taken)
-        taken.add(key(names[path]))
-    return names
-
-
-def fault_of(path):
-    """Why a picture cannot be read, "" where it can."""
-    try:
-        open_picture(path, 32)  # small, which costs least
-        return ""
-    except BadPicture as error:
-        return str(error).removeprefix(f"{path}: ")
 
 
 # --------------------------------------------------------------------------------------------------
 # Both together
 
 
-def gather(rows, columns, folder):
+def gather(rows: list, folder: Folder) -> tuple[dict[str, list[str]], list[tuple]]:
+    """Puts the sentences to their pictures. Returns them by picture; and what is left out: row or
+    None, reason, name in the table, sentences.
     """
-    Puts the sentences to their pictures.
-
-    Returns ({picture: [sentences]}, [(row or None, reason, name in the table, [sentences])] of what
-    is left out).
-    """
-    file, others = columns
     found, left_out, named = {}, [], set()  # found: {picture: {sentence: its row}}
-    for row, cells in rows:
-        name = cells[file] if file < len(cells) else ""
-        sentences = [text for c in others if c < len(cells) for text in sentences_of(cells[c])]
+    for row, name, sentences in rows:
         pictures = folder.find(name)
         named.update(pictures)
         if len(pictures) != 1:
-            left_out.append((row, why_not(name, pictures, folder), name, sentences))
+            left_out.append((row, folder.why_not(name), name, sentences))
             continue
-        filled = [text for text in sentences if text]
-        for text in filled or [""]:
-            if not isinstance(text, str) or not normalise(text):
+        rows_of = found.setdefault(pictures[0], {})
+        for text in sentences or [""]:
+            sentence = clean(text)
+            if not normalise(sentence):
                 left_out.append((row, "empty, or no sentence", name, [text]))
-                continue
-            first = found.setdefault(pictures[0], {}).setdefault(text, row)
-            if first != row:
-                left_out.append((row, f"the same as row {first}", name, [text]))
+            elif sentence in rows_of:
+                left_out.append((row, f"the same as row {rows_of[sentence]}", name, [text]))
+            else:
+                rows_of[sentence] = row
 
     with ThreadPoolExecutor() as pool:
-        faults = pool.map(fault_of, [folder.path / picture for picture in found])
-    for picture, fault in zip(list(found), faults, strict=True):
+        faults = list(pool.map(fault_of, [folder.path / picture for picture in found]))
+    captions = {}
+    for (picture, rows_of), fault in zip(found.items(), faults, strict=True):
         if fault:
-            rows_of = found.pop(picture).items()
-            left_out += [(row, f"unreadable: {fault}", picture, [text]) for text, row in rows_of]
+            left_out += [(row, f"unreadable: {fault}", picture, [text])
+                         for text, row in rows_of.items()]
+        elif rows_of:
+            captions[picture] = list(rows_of)
     unused = [picture for picture in folder.pictures if picture not in named]
     left_out += [(None, "picture in no row", picture, []) for picture in unused]
-    return {picture: list(sentences) for picture, sentences in found.items()}, left_out
+    return captions, left_out
 
 
-def why_not(name, pictures, folder):
-    """Why a row has no picture. Args: pictures (list of str): that it may mean, none or several."""
-    if pictures:
-        return f"may be {' or '.join(pictures)}"
-    if written_name(name).rpartition("/")[2] in folder.other_names:
-        return "not one of the kinds of pictures that are read: save it as JPEG or PNG"
-    return "no such picture"
+def clean(text):
+    """A sentence as UTF-8 can have it, without halves of an emoji; "" for what is no text."""
+    return text.encode("utf-8", "ignore").decode().strip() if isinstance(text, str) else ""
 
 
-def sentences_of(cell):
-    """The texts of a cell, or whatever else a list of JSON has. UTF-8 has no halves of an emoji."""
-    parts = cell if isinstance(cell, list) else [cell]
-    return [part.encode("utf-8", "ignore").decode().strip() if isinstance(part, str) else part
-            for part in parts]
-
-
-def share(text):
-    """A number of pictures, or a part such as 10%, for argparse. Returns a function of how many."""
-    match = re.fullmatch(r"([0-9]{1,9})|([0-9]{1,2}(?:\.[0-9]{1,3})?)%", text)
-    if not match:
-        raise ValueError(text)
-    return lambda n: int(match[1]) if match[1] else round(n * float(match[2]) / 100)
-
-
-def split_pictures(pictures, valid, test, seed):
-    """
-    Draws the splits: by the digests of seed and path, so that they are the same everywhere.
-
-    Returns {split: [pictures]}, without test_a where `test` is 0. Raises UserError where nothing is
-    left to train on.
-    """
+def split_pictures(pictures: Iterable[str], valid: int, test: int, seed: int
+                   ) -> dict[str, list[str]]:
+    """Draws the splits, by the digests of seed and path, so that they are the same everywhere."""
     def digest(path):
-        return hashlib.sha256(f"{seed} {spelling(path)}".encode()).digest()
+        return hashlib.sha256(f"{seed} {unicodedata.normalize('NFC', path)}".encode()).digest()
 
     order = sorted(pictures, key=digest)
     if valid + test >= len(order):
         raise UserError(f"valid takes {valid} and test {test} of {len(order)} pictures that have a "
                         f"sentence: leave some to train on, by other --valid and --test")
-    splits = dict(valid=order[:valid], test_a=order[valid:valid + test], train=order[valid + test:])
-    return {split: sorted(splits[split]) for split in ("train", "valid", "test_a") if splits[split]}
+    splits = dict(train=order[valid + test:], valid=order[:valid], test_a=order[valid:valid + test])
+    return {split: sorted(names) for split, names in splits.items() if names}
 
 
-def column(header, number):
-    """What to call a column on the screen."""
-    name = header[number] if header and number < len(header) else ""
-    return f"{number + 1} ({name})" if name else str(number + 1)
+# --------------------------------------------------------------------------------------------------
+# What is written and printed
 
 
-def write_names(path, splits, names):
-    """Writes which picture is which."""
+def write_layout(out, table, folder, splits, captions):
+    names = flat_names(captions)
+    sources = {names[path]: folder.path / path for path in captions}
+    entries = {}
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(("split", "image_id", "picture"))
     for split, pictures in splits.items():
-        writer.writerows((split, names[picture], picture) for picture in pictures)
-    write_text(path, "\ufeff" + lines.getvalue())  # without the mark Excel takes it for GBK
+        entries[split] = [dict(url="", image_id=names[path], caption=captions[path])
+                          for path in pictures]
+        writer.writerows((split, names[path], path) for path in pictures)
+    lay_out(out, sources, entries, table)
+    # Without the byte order mark Excel takes it for GBK.
+    write_text(out / "pictures.csv", "\ufeff" + lines.getvalue())
 
 
-def print_left_out(left_out, path):
+def write_left_out(path, left_out):
     """Writes what is left out into a file, and the first of it on the screen."""
     lines = []
     for row, reason, name, sentences in left_out:
-        where = f"row {row}" if row else "-"
-        cells = [where, reason, name, *sentences]
+        cells = [f"row {row}" if row else "-", reason, name, *sentences]
         line = "\t".join(map(printable, cells))
         lines.append(line.encode("utf-8", "backslashreplace").decode())
     write_text(path, "".join(f"{line}\n" for line in lines))
@@ -401,63 +356,21 @@ def print_left_out(left_out, path):
 
 def print_commands(out, splits, captions):
     """Prints the two commands that follow, with the flags that fit."""
-    counts = [len(captions[picture]) for pictures in splits.values() for picture in pictures]
-    few = sum(len(captions[picture]) for picture in splits["train"]) < FEW_SENTENCES
-    batch_size = min(largest_batch_size(len(splits["train"])), Config.batch_size)
-    name = out.resolve().name
+    counts = [len(sentences) for sentences in captions.values()]
     print(f"Sentences per picture: {min(counts)} to {max(counts)}, "
           f"{sum(counts) / len(counts):.1f} on average. Next:")
     data = ["--preset", "own", "--captions_per_image", max(counts)]
     folders = []
-    if out.as_posix() != PRESETS["own"]["data_dir"]:
+    if out.as_posix() != OUT:
+        name = out.resolve().name
         data += ["--data_dir", out.as_posix()]
         folders = ["--model_dir", f"models/{name}", "--log_dir", f"logs/{name}"]
-    words = [] if few else ["--min_word_freq", Config.min_word_freq]
-    pre_process = ["pre_process.py", *data, *words]
-    train = ["train.py", *data, *folders, "--init", START, "--batch_size", batch_size]
-    for command in (pre_process, train):
+    has_many = sum(len(captions[path]) for path in splits["train"]) >= FEW_SENTENCES
+    words = ["--min_word_freq", Config.min_word_freq] if has_many else []
+    batch_size = min(largest_batch_size(len(splits["train"])), Config.batch_size)
+    for command in (["pre_process.py", *data, *words],
+                    ["train.py", *data, *folders, "--init", START, "--batch_size", batch_size]):
         print("python", shlex.join(map(str, command)))
-
-
-def main():
-    parser = new_parser("Lay one's own pictures and sentences out as AI Challenger's are.")
-    parser.add_argument("pictures", type=Path, metavar="PICTURES", help="a folder")
-    parser.add_argument("table", type=Path, metavar="TABLE", help="CSV, TSV, JSON or JSONL")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "own", metavar="DIR")
-    for flag in ("--valid", "--test"):
-        parser.add_argument(flag, type=share, default="10%", metavar="N",
-                            help="a number of pictures, or a part of them such as 10%%")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    is_below = args.out.is_relative_to(Path.cwd())
-    out = args.out.relative_to(Path.cwd()) if is_below else args.out  # shorter, in the commands
-
-    folder = Folder(args.pictures)
-    header, rows = read_table(args.table, folder)
-    columns = choose_columns(header, rows, folder, args.table)
-    captions, left_out = gather(rows, columns, folder)
-    if not captions:
-        row, reason, name, _ = left_out[0]
-        raise UserError(f"{args.table}: nothing is left; row {row}, {name}: {reason}")
-    n = len(captions)
-    splits = split_pictures(captions, max(args.valid(n), 1), args.test(n), args.seed)
-    names = flat_names(captions)
-    sources = {names[path]: folder.path / path for path in captions}
-    entries = {}
-    for split, pictures in splits.items():
-        entries[split] = [dict(url="", image_id=names[path], caption=captions[path])
-                          for path in pictures]
-    lay_out(out, sources, entries, args.table)
-    write_names(out / "pictures.csv", splits, names)
-
-    file, sentences = columns
-    print(f"Pictures: column {column(header, file)}; sentences: column "
-          + ", ".join(column(header, number) for number in sentences))
-    for split, pictures in splits.items():
-        count = sum(len(captions[path]) for path in pictures)
-        print(f"{split:6} {len(pictures):6,} pictures {count:7,} sentences")
-    print_left_out(left_out, out / "left_out.txt")
-    print_commands(out, splits, captions)
 
 
 if __name__ == "__main__":
