@@ -1,18 +1,16 @@
-"""
-Draws the sample set: picture-book scenes with five true Chinese sentences each, laid out exactly as AI Challenger
-2017's captions are, so that the whole pipeline runs on a CPU before anything is downloaded.
+"""Draws the sample set: picture-book scenes with five true Chinese sentences each, laid out exactly
+as AI Challenger 2017's captions are, so that the whole pipeline runs on a CPU without downloads.
 
-    $ python data/sample.py                                                   # half a minute on two cores
-    $ python data/sample.py --train 64 --valid 8 --test 8 --out /tmp/sample   # a handful, in a second
-    $ unzip -l data/sample/ai_challenger_caption_train_20170902.zip | tail -1 # 3201 files
+    python data/sample.py                        # half a minute on two cores
+    python data/sample.py --train 64 --valid 8 --test 8 --out /tmp/sample       # in a second
+    unzip -l data/sample/ai_challenger_caption_train_20170902.zip | tail -1     # 3201 files
 
 The first one writes three zips (71 MB in all) and scenes.json into data/sample:
 train 3,200 pictures and 16,000 sentences; valid 200 and 1,000; test_a 200 and 1,000.
 
-scenes.json says what was drawn where, so is_true() can tell whether a generated sentence is true of its picture, and
-attention_peak_hits() whether the model looked at what it named.
+scenes.json says what was drawn where, so measure_captions() can tell whether a generated sentence
+is true of its picture, and whether the model looked at what it named.
 """
-
 import hashlib
 import io
 import json
@@ -37,8 +35,13 @@ from config import fail, new_parser  # noqa: E402
 from utils import UserError, alone, end_with_parent, replacing, run_script  # noqa: E402
 from tqdm import tqdm  # noqa: E402, after utils
 
-SPLITS = {"train": ("train", "20170902"), "valid": ("validation", "20170910"), "test_a": ("test_a", "20180103")}
-HORIZON, HORIZONS = 0.67, (0.50, 0.72)  # where the ground begins as backgrounds are written down; as they are drawn
+SPLITS = {
+    "train": ("train", "20170902"),
+    "valid": ("validation", "20170910"),
+    "test_a": ("test_a", "20180103"),
+}
+HORIZON = 0.67  # where the ground begins as backgrounds are written down
+HORIZONS = (0.50, 0.72)  # as they are drawn
 ZOOM = 2  # drawn this much too large and then shrunk: Pillow's own edges are jagged
 INK, CREAM, STEM, WHITE = (52, 42, 56), (255, 250, 236), (84, 160, 72), (255, 255, 255)
 COLOURS = {
@@ -65,12 +68,16 @@ class Pen:
     """Draws on an image in unit coordinates (x right, y down), `pad` pixels inside its border."""
 
     def __init__(self, image, stroke, pad=0, horizon=HORIZON):
-        self.image, self.stroke, self.pad, self.draw = image, stroke, pad, ImageDraw.Draw(image, "RGBA")
+        self.image = image
+        self.draw = ImageDraw.Draw(image, "RGBA")
+        self.stroke = stroke
+        self.pad = pad
         self.horizon = horizon
         self.w, self.h = image.width - 2 * pad, image.height - 2 * pad
 
     def height(self, y):
-        """Heights are stretched above HORIZON and squeezed below, or the reverse, so that it lies at the pen's own."""
+        """Stretches what is above HORIZON and squeezes what is below it, or the reverse, so that it
+        comes to lie at the pen's own."""
         if y < HORIZON:
             return y * self.horizon / HORIZON
         return 1 - (1 - y) * (1 - self.horizon) / (1 - HORIZON)
@@ -90,7 +97,8 @@ class Pen:
         self.poly([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill, ink)
 
     def oval(self, x, y, rx, ry, fill, ink=None):
-        self.draw.ellipse(self.at([(x - rx, y - ry), (x + rx, y + ry)]), fill, ink, self.stroke if ink else 0)
+        corners = self.at([(x - rx, y - ry), (x + rx, y + ry)])
+        self.draw.ellipse(corners, fill, ink, self.stroke if ink else 0)
 
     def line(self, points, fill, width=1.0):
         self.draw.line(self.at(points), fill, max(1, round(self.stroke * width)), joint="curve")
@@ -105,7 +113,7 @@ class Pen:
         self.image.paste(column.resize(self.image.size), (0, 0), mask)
 
 
-# ---- things: each fills the unit square with its colour, the dark and the light shade of it, outlined in ink ---------
+# ---- things: in the unit square, with its colour, the dark and the light shade of it, and ink ----
 def house(pen, colour, dark, light, ink):
     pen.rect(0.70, 0.08, 0.82, 0.40, dark, ink)
     pen.rect(0.11, 0.42, 0.89, 1, colour, ink)
@@ -123,7 +131,8 @@ def car(pen, colour, dark, light, ink):
     pen.poly([(0.12, 0.55), (0.24, 0), (0.74, 0), (0.88, 0.55)], colour, ink, 3)
     pen.poly([(0.28, 0.42), (0.34, 0.12), (0.48, 0.10), (0.48, 0.42)], (206, 234, 246), ink)
     pen.poly([(0.53, 0.42), (0.53, 0.10), (0.66, 0.12), (0.74, 0.42)], (206, 234, 246), ink)
-    pen.poly([(0, 0.42), (0.5, 0.38), (0.95, 0.42), (1.01, 0.60), (1, 0.86), (0, 0.86)], colour, ink, 2)
+    body = [(0, 0.42), (0.5, 0.38), (0.95, 0.42), (1.01, 0.60), (1, 0.86), (0, 0.86)]
+    pen.poly(body, colour, ink, 2)
     pen.rect(0.06, 0.70, 0.94, 0.77, dark)
     pen.line([(0.55, 0.53), (0.62, 0.53)], ink)
     pen.oval(0.94, 0.58, 0.035, 0.06, (255, 240, 150), ink)
@@ -145,11 +154,14 @@ def balloon(pen, colour, dark, light, ink):
 def fish(pen, colour, dark, light, ink):
     pen.poly([(0.30, 0.30), (0.45, 0), (0.72, 0.02), (0.70, 0.3)], dark, ink, 2)
     pen.poly([(0.40, 0.75), (0.42, 1), (0.58, 1), (0.62, 0.72)], dark, ink, 2)
-    pen.poly([(0.34, 0.5), (0.05, 0.05), (-0.02, 0.25), (0.07, 0.5), (-0.02, 0.78), (0.05, 0.97)], dark, ink, 2)
-    pen.poly([(0.16, 0.5), (0.38, 0.12), (0.82, 0.06), (1.08, 0.5), (0.82, 0.92), (0.38, 0.88)], colour, ink, 3)
+    tail = [(0.34, 0.5), (0.05, 0.05), (-0.02, 0.25), (0.07, 0.5), (-0.02, 0.78), (0.05, 0.97)]
+    pen.poly(tail, dark, ink, 2)
+    body = [(0.16, 0.5), (0.38, 0.12), (0.82, 0.06), (1.08, 0.5), (0.82, 0.92), (0.38, 0.88)]
+    pen.poly(body, colour, ink, 3)
     pen.poly([(0.36, 0.76), (0.60, 0.70), (0.86, 0.72), (0.66, 0.86)], light, None, 3)
     for x in (0.38, 0.50, 0.62):
-        pen.line([(x + 0.05 * cos(t), 0.46 + 0.16 * sin(t)) for t in np.linspace(-1.4, 1.4, 9)], dark, 1.3)
+        scale = [(x + 0.05 * cos(t), 0.46 + 0.16 * sin(t)) for t in np.linspace(-1.4, 1.4, 9)]
+        pen.line(scale, dark, 1.3)
     pen.oval(0.82, 0.40, 0.06, 0.09, CREAM, ink)
     pen.oval(0.835, 0.40, 0.028, 0.045, INK)
     pen.line([(0.98, 0.58), (0.90, 0.63), (0.86, 0.61)], ink)
@@ -160,7 +172,8 @@ def pine(pen, colour, dark, light, ink):
     for top, low, half in ((0.42, 0.90, 0.5), (0.20, 0.64, 0.40), (0, 0.38, 0.28)):
         hem = [(0.5 + half * u, low - 0.045 * (i % 2)) for i, u in enumerate(np.linspace(1, -1, 9))]
         pen.poly([(0.5, top), *hem], colour, ink)
-        pen.poly([(0.5, top + 0.08), (0.5 + half * 0.72, low - 0.06), (0.5 + half * 0.25, low - 0.07)], dark)
+        right = [(0.5 + half * 0.72, low - 0.06), (0.5 + half * 0.25, low - 0.07)]
+        pen.poly([(0.5, top + 0.08), *right], dark)
 
 
 def flower(pen, colour, dark, light, ink):
@@ -172,7 +185,8 @@ def flower(pen, colour, dark, light, ink):
     round_ = pen.w / pen.h  # petals are round in pixels, not in units
     for ring, fill, turn in ((0.31, dark, pi / 6), (0.27, colour, 0)):
         for a in np.arange(6) * pi / 3 + turn:
-            pen.oval(0.5 + ring * cos(a), (0.5 + ring * sin(a)) * round_, 0.19, 0.19 * round_, fill, ink)
+            x, y = 0.5 + ring * cos(a), (0.5 + ring * sin(a)) * round_
+            pen.oval(x, y, 0.19, 0.19 * round_, fill, ink)
     pen.oval(0.5, 0.5 * round_, 0.15, 0.15 * round_, (166, 104, 48), ink)
     pen.oval(0.46, 0.46 * round_, 0.05, 0.05 * round_, (206, 150, 84))
 
@@ -191,15 +205,19 @@ def kite(pen, colour, dark, light, ink):
     for x, y in tail[7::6]:
         for side in (-0.13, 0.13):
             pen.poly([(x, y), (x + side, y - 0.045), (x + side, y + 0.045)], colour, ink)
-    top, left, low, right, cross = (0.5, 0), (0, 0.28), (0.5, 0.74), (1, 0.28), (0.5, 0.28)
-    for a, b, fill in ((top, left, colour), (top, right, dark), (low, left, dark), (low, right, colour)):
-        pen.poly([a, b, cross], fill)
+    top, low = (0.5, 0), (0.5, 0.74)
+    left, right = (0, 0.28), (1, 0.28)
+    cross = (0.5, 0.28)
+    pen.poly([top, left, cross], colour)
+    pen.poly([top, right, cross], dark)
+    pen.poly([low, left, cross], dark)
+    pen.poly([low, right, cross], colour)
     pen.poly([top, left, low, right], None, ink)
     pen.line([top, low], ink, 0.7)
     pen.line([left, right], ink, 0.7)
 
 
-# ---- backgrounds: painted far to near --------------------------------------------------------------------------------
+# ---- backgrounds: painted far to near ------------------------------------------------------------
 def land(pen, rng, height, swell, top, bottom):
     x, (a, b, c) = np.linspace(0, 1, 40), rng.uniform(0, 2 * pi, 3)
     y = height + swell * (np.sin(4 * x + a) + 0.5 * np.sin(9 * x + b) + 0.2 * np.sin(17 * x + c))
@@ -207,7 +225,9 @@ def land(pen, rng, height, swell, top, bottom):
 
 
 def disc(pen, rng, fill):
-    x, y, r = pick(rng, (0.13, 0.87)) + rng.uniform(-0.04, 0.04), rng.uniform(0.1, 0.17), rng.uniform(0.055, 0.08)
+    x = pick(rng, (0.13, 0.87)) + rng.uniform(-0.04, 0.04)
+    y = rng.uniform(0.1, 0.17)
+    r = rng.uniform(0.055, 0.08)
     for glow in np.arange(5, 0, -1) * r / 4:
         pen.oval(x, y, r + glow, r + glow, (*mix(fill, WHITE, 0.3), 30))
     pen.oval(x, y, r, r, fill)
@@ -215,24 +235,30 @@ def disc(pen, rng, fill):
     for side in (-r, r):
         pen.oval(x + side * 0.35, y - r * 0.15, r * 0.1, r * 0.14, face)
         pen.oval(x + side * 0.6, y + r * 0.22, r * 0.16, r * 0.1, (250, 150, 110, 120))
-    pen.line([(x + r * 0.4 * cos(t), y + r * (0.1 + 0.4 * sin(t))) for t in np.linspace(0.3, 2.84, 9)], face)
+    angles = np.linspace(0.3, 2.84, 9)
+    pen.line([(x + r * 0.4 * cos(t), y + r * (0.1 + 0.4 * sin(t))) for t in angles], face)
 
 
 def clouds(pen, rng, fill, strength):
-    mask = Image.new("L", pen.image.size)  # one mask, so that puffs of a thin cloud do not show through one another
+    # One mask, so that puffs of a thin cloud do not show through one another.
+    mask = Image.new("L", pen.image.size)
     puffs = ImageDraw.Draw(mask)
     for x, y, s in rng.uniform((0, 0.06, 0.6), (1, 0.32, 1.3), (rng.integers(2, 5), 3)):
-        puffs.ellipse(pen.at([(x - 0.14 * s, y - 0.025 * s), (x + 0.14 * s, y + 0.025 * s)]), strength)
-        for k, r in enumerate(s * rng.uniform((0.025, 0.04, 0.035, 0.025), (0.035, 0.06, 0.055, 0.04))):
+        base = [(x - 0.14 * s, y - 0.025 * s), (x + 0.14 * s, y + 0.025 * s)]
+        puffs.ellipse(pen.at(base), strength)
+        radii = s * rng.uniform((0.025, 0.04, 0.035, 0.025), (0.035, 0.06, 0.055, 0.04))
+        for k, r in enumerate(radii):
             u = x + (k - 1.5) * 0.05 * s
-            puffs.ellipse(pen.at([(u - 0.045 * s, y - 1.5 * r), (u + 0.045 * s, y + 0.5 * r)]), strength)
+            puff = [(u - 0.045 * s, y - 1.5 * r), (u + 0.045 * s, y + 0.5 * r)]
+            puffs.ellipse(pen.at(puff), strength)
     pen.image.paste(fill, (0, 0), mask)
 
 
 def mountains(pen, rng):
     for x, y, w in rng.uniform((0, 0.28, 0.22), (1, 0.4, 0.34), (3, 3)):
         pen.poly([(x - w, 0.62), (x, y), (x + w, 0.62)], (164, 184, 212))
-        pen.poly([(x, y), (x + w * 0.3, y + 0.1), (x + 0.02, y + 0.07), (x - w * 0.28, y + 0.1)], (244, 248, 254))
+        snow = [(x, y), (x + w * 0.3, y + 0.1), (x + 0.02, y + 0.07), (x - w * 0.28, y + 0.1)]
+        pen.poly(snow, (244, 248, 254))
 
 
 def scatter(pen, rng, n, y0, y1, small, large, fill, shape=None):
@@ -251,7 +277,7 @@ TWINKLE = [(-1, 0), (1, 0), (0, 0), (0, -1), (0, 1)]
 STARFISH = [(cos(a) * r, sin(a) * r) for k in range(5) for a, r in ((1.26 * k, 1), (0, 0))]
 
 
-# ---- what there is to see --------------------------------------------------------------------------------------------
+# ---- what there is to see ------------------------------------------------------------------------
 class Background(NamedTuple):
     on: str
     noun: str
@@ -354,12 +380,13 @@ BACKGROUNDS = {
 }
 
 
-# ---- sentences -------------------------------------------------------------------------------------------------------
-# Sentences are written and judged from this one table. a, b, c are things (红色的汽车), A, B, C their names alone and
-# ca, cb, cc their colours; P and N are the place. The letters beside a template are what it claims, from left to right.
-# One that claims nothing still names its things in that order when it is written, so that a captioner has an order to
-# learn; is_true() takes any. Sentences about everything name a thing before its colour, and no thing has its classifier
-# (一辆): were anything of it said before, nobody would have to look for the name.
+# ---- sentences -----------------------------------------------------------------------------------
+# Sentences are written and judged from this one table. a, b, c are things (红色的汽车), A, B, C their
+# names alone and ca, cb, cc their colours; P and N are the place. The letters beside a template are
+# what it claims, from left to right. One that claims nothing still names its things in that order
+# when it is written, so that a captioner has an order to learn; is_true() takes any. Sentences
+# about everything name a thing before its colour, and no thing has its classifier (一辆): were
+# anything of it said before, nobody would have to look for the name.
 TEMPLATES = (
     ("{P}的{A}是{ca}的，{B}是{cb}的", ""),
     ("{P}的{A}是{ca}的，{B}是{cb}的，{C}是{cc}的", ""),
@@ -376,23 +403,25 @@ TEMPLATES = (
 
 
 def _sentences(scene):
-    """Every true sentence there is, as (template, places of the things named counted from the left, sentence)."""
+    """Every true sentence there is: (template, places from the left of what it names, sentence)."""
     place = BACKGROUNDS[scene["background"]]
     things = sorted(scene["things"], key=lambda thing: thing["box"][0] + thing["box"][2])
     for template in TEMPLATES:
         text, claim = template
         slots = claim or [letter for letter in "abc" if f"{{{letter.upper()}}}" in text]
         for named in permutations(range(len(things)), len(slots)):
-            if not claim or named == tuple(sorted(named)):
-                words = {"P": place.on, "N": place.noun}
-                for slot, thing in zip(slots, (things[i] for i in named)):
-                    words |= {slot.upper(): thing["thing"], f"c{slot}": thing["colour"]}
-                    words[slot] = f"{thing['colour']}的{thing['thing']}"
-                yield template, named, text.format(**words)
+            if claim and named != tuple(sorted(named)):
+                continue
+            words = {"P": place.on, "N": place.noun}
+            for slot, i in zip(slots, named):
+                name, colour = things[i]["thing"], things[i]["colour"]
+                words |= {slot.upper(): name, f"c{slot}": colour, slot: f"{colour}的{name}"}
+            yield template, named, text.format(**words)
 
 
 def write_captions(scene, rng):
-    """Five true sentences of different build: two or more name everything and the place, two or more tell sides."""
+    """Five true sentences of different build, of which two or more name everything and the place,
+    and two or more tell sides."""
     options = {}
     for template, named, sentence in _sentences(scene):
         if named == tuple(sorted(named)):
@@ -404,73 +433,131 @@ def write_captions(scene, rng):
     return [pick(rng, options[chosen[i]]) for i in rng.permutation(5)]
 
 
-def is_true(caption, scene):
-    """Whether `caption`, spaces and a final 。 aside, is a sentence of TEMPLATES and all it claims holds in `scene`."""
+def is_true(caption: str, scene: dict) -> bool:
+    """Whether a caption is a sentence of TEMPLATES and all it claims holds in the scene; white
+    space and a final 。 do not matter."""
     caption = re.sub(r"\s", "", caption).removesuffix("。")
     return any(caption == sentence for _, _, sentence in _sentences(scene))
 
 
-def read_scenes(path):
-    """Read scenes.json. Returns: dict, picture's file name -> scene. Raises: UserError where it is damaged."""
+# ---- what only the sample set can tell of a model ------------------------------------------------
+def is_sample_set(data_dir: str) -> bool:
+    return (Path(data_dir) / "scenes.json").exists()
+
+
+def measure_captions(captions: list[dict], file_names: list[str], positions: np.ndarray,
+                     data_dir: str) -> dict[str, float]:
+    """Whether captions are true, and attention peaks in the boxes of what they name and colour.
+
+    Args:
+        captions: as decoding.generate gives them.
+        file_names: of their pictures.
+        positions: (s,), where the centres of the attention's cells lie, see pixel_positions.
+    """
+    scenes = read_scenes(Path(data_dir) / "scenes.json")
+    pairs = [(caption, scenes[name]) for caption, name in zip(captions, file_names)
+             if name in scenes]
+    if not pairs:
+        return {}
+    true = sum(is_true("".join(caption["words"]), scene) for caption, scene in pairs)
+    hits, named, chance = _sum_of_hits(pairs, positions, named_things)
+    colour_hits, colours, _ = _sum_of_hits(pairs, positions, coloured_things)
+    return dict(
+        true_captions=true / len(pairs),
+        attention_in_box=hits / max(named, 1),
+        attention_in_box_by_chance=chance / max(named, 1),
+        attention_in_box_colours=colour_hits / max(colours, 1))
+
+
+def _sum_of_hits(pairs, positions, told):
+    counts = [attention_peak_hits(caption["words"], caption["alphas"], positions, scene, told)
+              for caption, scene in pairs]
+    return [sum(column) for column in zip(*counts)]
+
+
+def read_scenes(path: Path) -> dict[str, dict]:
+    """Read scenes.json: picture's file name -> scene. Raises UserError where it is damaged."""
     try:
         scenes = json.loads(path.read_text(encoding="utf-8"))
-        if not all(scene["background"] in BACKGROUNDS and len(scene["things"]) < 4 and all(
-                isinstance(thing["thing"] + thing["colour"], str) and len(thing["box"]) == 4
-                and all(type(edge) in (int, float) for edge in thing["box"]) for thing in scene["things"])
-                for scene in scenes.values()):
+        if not all(map(_is_scene, scenes.values())):
             raise ValueError("its scenes are not what this program draws")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:200]}): python data/sample.py makes it "
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is damaged ({reason}): python data/sample.py makes it "
                         f"again") from None
     return scenes
 
 
-def named_things(words, scene):
-    """[(position in `words`, box)] for each word that names a thing of `scene`; boxes (x0, y0, x1, y1) in fractions."""
+def _is_scene(scene):
+    for thing in scene["things"]:
+        edges = [edge for edge in thing["box"] if type(edge) in (int, float)]
+        if len(edges) != 4 or not isinstance(thing["thing"] + thing["colour"], str):
+            return False
+    return scene["background"] in BACKGROUNDS and len(scene["things"]) < 4
+
+
+def named_things(words: list[str], scene: dict) -> list[tuple[int, list[float]]]:
+    """For each word that names a thing of the scene its position among the words, and the box
+    (x0, y0, x1, y1) in fractions of the picture."""
     boxes = {thing["thing"]: thing["box"] for thing in scene["things"]}
     return [(i, boxes[word]) for i, word in enumerate(words) if word in boxes]
 
 
-def coloured_things(words, scene):
-    """[(position in `words`, box)] for each colour that is told of a thing of `scene`: 汽车是红色的, 红色的汽车."""
-    places = [(i + side, i + 2 * side, link, box) for i, box in named_things(words, scene)
-              for side, link in ((1, "是"), (-1, "的"))]
-    return [(colour, box) for middle, colour, link, box in places
-            if 0 <= colour < len(words) and words[middle] == link and words[colour] in COLOURS]
+def coloured_things(words: list[str], scene: dict) -> list[tuple[int, list[float]]]:
+    """As named_things, for each colour that is told of a thing: 汽车是红色的, 红色的汽车."""
+    found = []
+    for i, box in named_things(words, scene):
+        for link, step in (("是", 1), ("的", -1)):
+            colour = i + 2 * step
+            if 0 <= colour < len(words) and words[i + step] == link and words[colour] in COLOURS:
+                found.append((colour, box))
+    return found
 
 
-def attention_peak_hits(words, alphas, positions, scene, told=named_things):
+def attention_peak_hits(words: list[str], alphas: np.ndarray, positions: np.ndarray, scene: dict,
+                        told: Callable = named_things) -> tuple[int, int, float]:
+    """Whether attention peaked on what was told: named_things or coloured_things.
+
+    Where pooling made several cells equal, the peak is the middle of the strongest ones.
+
+    Args:
+        alphas: (len(words), s, s), the map of each word.
+        positions: (s,), of rows and columns alike.
+    Returns:
+        of the words that tell of a thing, how many had their peak inside its box;
+        how many there are;
+        how many peaks of cells picked at random would have been inside, on average.
     """
-    Whether attention peaked on what was told. alphas: (len(words), s, s), the map of each word; positions: (s,), where
-    the centres of its cells lie, as fractions of the picture, for rows and columns alike; told: named_things or
-    coloured_things.
-
-    Returns (hits, total, chance): of `total` words telling of a thing of the scene, `hits` had the centre of their
-    strongest cell inside its box, and cells picked at random would have had `chance` hits (a float). Where pooling
-    made several cells equal, the peak is the middle of the strongest ones.
-    """
-    alphas, positions = np.asarray(alphas), np.asarray(positions)
     y, x = positions[:, None], positions
-    hits, chance, found = 0, 0.0, told(words, scene)
+    hits = 0
+    chance = 0.0
+    found = told(words, scene)
     for i, (x0, y0, x1, y1) in found:
         inside = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
-        peak_y, peak_x = positions[np.argwhere(alphas[i] >= alphas[i].max() * (1 - 1e-5))].mean(axis=0)
-        hits += int(x0 <= peak_x <= x1 and y0 <= peak_y <= y1)
         chance += float(inside.mean())
+        strongest = np.argwhere(alphas[i] >= alphas[i].max() * (1 - 1e-5))
+        peak_y, peak_x = positions[strongest].mean(axis=0)
+        hits += int(x0 <= peak_x <= x1 and y0 <= peak_y <= y1)
     return hits, len(found), chance
 
 
-# ---- scenes ----------------------------------------------------------------------------------------------------------
+# ---- scenes --------------------------------------------------------------------------------------
 def _cut_out(rng, kind, colour, side, largest):
-    """The thing on transparent paper, cropped to its own pixels: this image's border is the thing's box."""
+    """The thing on transparent paper, cropped to its own pixels: the image's border is its box."""
     height = side * rng.uniform(max(0.26, 0.26 / kind.aspect), min(largest, largest / kind.aspect))
-    stroke, tone, tilt = max(2, side // 160), COLOURS[colour], ZONES[kind.zone][2]
-    image = Image.new("RGBA", (round(height * kind.aspect) + 2 * stroke, round(height) + 2 * stroke))
-    black = colour == "黑色"
-    dark = mix(tone, (110, 110, 130), 0.22) if colour in ("白色", "黑色") else mix(tone, INK, 0.2)
-    light, ink = mix(tone, WHITE, 0.14 if black else 0.3), (150, 150, 160) if black else INK
+    width = height * kind.aspect
+    stroke = max(2, side // 160)
+    tilt = ZONES[kind.zone][2]
+    image = Image.new("RGBA", (round(width) + 2 * stroke, round(height) + 2 * stroke))
+    tone = COLOURS[colour]
+    dark, light, ink = mix(tone, INK, 0.2), mix(tone, WHITE, 0.3), INK
+    if colour in ("白色", "黑色"):
+        dark = mix(tone, (110, 110, 130), 0.22)
+    if colour == "黑色":
+        light, ink = mix(tone, WHITE, 0.14), (150, 150, 160)
     kind.draw(Pen(image, stroke, stroke), tone, dark, light, ink)
-    image = ImageOps.mirror(image) if rng.random() < 0.5 else image
+    if rng.random() < 0.5:
+        image = ImageOps.mirror(image)
     image = image.rotate(rng.uniform(-tilt, tilt), Image.Resampling.BICUBIC, expand=True)
     return image.crop(image.getbbox())
 
@@ -487,104 +574,134 @@ def _arrange(rng, images, zones, pen):
     for _ in range(200):
         boxes = []
         for image, zone in zip(images, zones):
+            lowest, highest, _ = ZONES[zone]
             x = round(rng.uniform(0.01 * side, 0.99 * side - image.width))
-            y = round(pen.height(rng.uniform(*ZONES[zone][:2])) * side) - (0 if zone == "sky" else image.height)
+            y = round(pen.height(rng.uniform(lowest, highest)) * side)
+            if zone != "sky":
+                y -= image.height
             boxes.append((x, y, x + image.width, y + image.height))
-        if min(box[1] for box in boxes) >= 0 and not any(_clash(a, b, side) for a, b in combinations(boxes, 2)):
+        is_inside = all(y >= 0 for _, y, _, _ in boxes)
+        if is_inside and not any(_clash(a, b, side) for a, b in combinations(boxes, 2)):
             return boxes
     return None
 
 
 def _paste(pen, image, box, zone):
-    (x0, y0, x1, y1), rim = box, 2 * pen.stroke
-    x, y, rx = (x0 + x1) / 2 / pen.w, y1 / pen.h, (x1 - x0) / 2 / pen.w
+    x0, y0, x1, y1 = box
+    rim = 2 * pen.stroke
+    x, y = (x0 + x1) / 2 / pen.w, y1 / pen.h
+    rx = (x1 - x0) / 2 / pen.w
     if zone == "ground":
         pen.oval(x + 0.02, y - 0.005, rx, 0.02, (30, 40, 60, 60))
     # A rim of cream paper: whatever a thing stands before, its own colour ends visibly.
     paper = ImageOps.expand(image.getchannel("A"), rim).filter(ImageFilter.GaussianBlur(rim / 2))
     pen.image.paste(CREAM, (x0 - rim, y0 - rim), paper.point(lambda a: 255 if a > 60 else 4 * a))
     pen.image.paste(image, (x0, y0), image)
-    for k in range(3 if zone in ("float", "swim") else 0):
-        ripple = np.linspace(-1.15 + 0.2 * k, 1.15 - 0.2 * k, 24)
-        points = [(x + rx * t, y - 0.008 + 0.012 * k + 0.004 * sin(9 * t + k)) for t in ripple]
-        pen.line(points, (*WHITE, 190), 1.2)
+    if zone in ("float", "swim"):
+        for k in range(3):
+            ripple = np.linspace(-1.15 + 0.2 * k, 1.15 - 0.2 * k, 24)
+            points = [(x + rx * t, y - 0.008 + 0.012 * k + 0.004 * sin(9 * t + k)) for t in ripple]
+            pen.line(points, (*WHITE, 190), 1.2)
 
 
-def draw_scene(seed, split, index, size):
+def draw_scene(seed: int, split: str, index: int, size: int) -> tuple[Image.Image, dict]:
+    """Draws a picture of a split, `size` pixels wide and high; the same arguments, the same one.
+
+    Its scene is {"split", "background", "things": [{"thing", "colour", "box"}]}, with boxes
+    (x0, y0, x1, y1) in fractions of the picture.
     """
-    Draws picture number `index` of a split ("train", "valid", "test_a"), `size` pixels wide and high.
-
-    Returns (RGB image, scene): {"split", "background", "things": [{"thing", "colour", "box"}]}, boxes (x0, y0, x1, y1)
-    in fractions of the picture. The same arguments give the same picture.
-    """
-    rng, side = np.random.default_rng([seed, list(SPLITS).index(split), index]), size * ZOOM
+    rng = np.random.default_rng([seed, list(SPLITS).index(split), index])
+    side = size * ZOOM
     pen = Pen(Image.new("RGB", (side, side)), max(2, side // 160), horizon=rng.uniform(*HORIZONS))
     background = pick(rng, list(BACKGROUNDS))
     place = BACKGROUNDS[background]
     for paint, *arguments in place.layers:
         paint(pen, rng, *arguments)
 
-    boxes, visible = None, [colour for colour in COLOURS if colour not in place.hidden]
+    boxes = None
+    visible = [colour for colour in COLOURS if colour not in place.hidden]
     while not boxes:
         names = [place.kinds[i] for i in rng.permutation(len(place.kinds))[: rng.integers(2, 4)]]
-        colours, zones = [pick(rng, visible) for _ in names], [KINDS[name].zone for name in names]
+        colours = [pick(rng, visible) for _ in names]
+        zones = [KINDS[name].zone for name in names]
         largest = 0.46 if len(names) == 2 else 0.40
-        images = [_cut_out(rng, KINDS[name], colour, side, largest) for name, colour in zip(names, colours)]
+        images = [_cut_out(rng, KINDS[name], colour, side, largest)
+                  for name, colour in zip(names, colours)]
         boxes = _arrange(rng, images, zones, pen)
     pen = Pen(pen.image, pen.stroke)  # the background is stretched, things are not
     for i in sorted(range(len(names)), key=lambda i: boxes[i][3]):  # what stands lower is nearer
         _paste(pen, images[i], boxes[i], zones[i])
 
-    pixels = np.asarray(pen.image.resize((size, size), Image.Resampling.BOX), np.float32)
-    blots = Image.fromarray(rng.normal(0, 4, (9, 9)).astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)
-    grain = rng.standard_normal((size, size), np.float32) * 2.5
-    pixels = pixels * rng.uniform(0.93, 1.05) + (np.asarray(blots) + grain)[..., None]
-    scaled = [[round(edge / side, 4) for edge in box] for box in boxes]
-    things = [{"thing": n, "colour": c, "box": b} for n, c, b in zip(names, colours, scaled)]
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    things = []
+    for name, colour, box in zip(names, colours, boxes):
+        box = [round(edge / side, 4) for edge in box]
+        things.append({"thing": name, "colour": colour, "box": box})
+    image = _photograph(rng, pen.image, size)
     return image, {"split": split, "background": background, "things": things}
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+def _photograph(rng, image, size):
+    """Shrinks the picture to its size, under uneven light and with grain."""
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BOX), np.float32)
+    blots = Image.fromarray(rng.normal(0, 4, (9, 9)).astype(np.float32))
+    blots = np.asarray(blots.resize((size, size), Image.Resampling.BICUBIC))
+    grain = rng.standard_normal((size, size), np.float32) * 2.5
+    pixels = pixels * rng.uniform(0.93, 1.05) + (blots + grain)[..., None]
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+# ---- files ---------------------------------------------------------------------------------------
 def _make(index, seed, split, size):
     image, scene = draw_scene(seed, split, index, size)
-    captions = write_captions(scene, np.random.default_rng([seed, list(SPLITS).index(split), index, 1]))
+    rng = np.random.default_rng([seed, list(SPLITS).index(split), index, 1])
+    captions = write_captions(scene, rng)
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=90)
-    return hashlib.sha1(f"{seed} {split} {index}".encode()).hexdigest() + ".jpg", jpeg.getvalue(), scene, captions
+    file_name = hashlib.sha1(f"{seed} {split} {index}".encode()).hexdigest() + ".jpg"
+    return file_name, jpeg.getvalue(), scene, captions
 
 
 def _write_split(pool, out, split, count, seed, size):
     name, date = SPLITS[split]
-    root, scenes, texts = f"ai_challenger_caption_{name}_{date}", {}, []
+    root = f"ai_challenger_caption_{name}_{date}"
+    scenes, captions = {}, {}
     with replacing(out / f"{root}.zip") as part, zipfile.ZipFile(part, "w") as archive:
 
         def add(path, data):
             archive.writestr(zipfile.ZipInfo(f"{root}/{path}", (2017, 9, 2, 0, 0, 0)), data)
 
-        jobs = pool.imap(partial(_make, seed=seed, split=split, size=size), range(count), chunksize=4)
-        for file, jpeg, scene, captions in tqdm(jobs, split, count, unit="pic"):
+        make = partial(_make, seed=seed, split=split, size=size)
+        jobs = pool.imap(make, range(count), chunksize=4)
+        for file, jpeg, scene, sentences in tqdm(jobs, split, count, unit="pic"):
             add(f"caption_{name}_images_{date}/{file}", jpeg)
             scenes[file] = scene
-            texts.append(captions)
-        notes = [{"url": "", "image_id": file, "caption": captions} for file, captions in zip(scenes, texts)]
-        if split == "test_a":
-            said = [(i, caption) for i, captions in enumerate(texts, 1) for caption in captions]
-            notes = {
-                "images": [{"id": i, "file_name": file} for i, file in enumerate(scenes, 1)],
-                "annotations": [{"id": k, "image_id": i, "caption": text} for k, (i, text) in enumerate(said, 1)],
-            }
+            captions[file] = sentences
+        notes = _coco(captions) if split == "test_a" else _contest(captions)
         add(f"caption_{name}_annotations_{date}.json", json.dumps(notes, ensure_ascii=False))
     return scenes
+
+
+def _contest(captions):
+    return [{"url": "", "image_id": file, "caption": texts} for file, texts in captions.items()]
+
+
+def _coco(captions):
+    images, annotations = [], []
+    for number, (file, texts) in enumerate(captions.items(), 1):
+        images.append({"id": number, "file_name": file})
+        for text in texts:
+            annotations.append({"id": len(annotations) + 1, "image_id": number, "caption": text})
+    return {"images": images, "annotations": annotations}
 
 
 def main():
     parser = new_parser("Draw the sample set.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "sample", metavar="DIR")
-    for option, default in (("train", 3200), ("valid", 200), ("test", 200), ("size", 256), ("seed", 0)):
-        parser.add_argument(f"--{option}", type=int, default=default, metavar="N", help="default: %(default)s")
+    for option, default in dict(train=3200, valid=200, test=200, size=256, seed=0).items():
+        parser.add_argument(f"--{option}", type=int, default=default, metavar="N",
+                            help="default: %(default)s")
     args = parser.parse_args()
-    for option, least in (("train", 0), ("valid", 0), ("test", 0), ("size", 32), ("seed", 0)):
+    for option, least in dict(train=0, valid=0, test=0, size=32, seed=0).items():
         if getattr(args, option) < least:
             fail(f"--{option} must be at least {least}")
     with alone(args.out / "pre_process.lock", "--out"):
@@ -593,12 +710,14 @@ def main():
 
 def draw_set(args):
     """Draws the three splits that the command line asks for, in place of those that are there."""
-    scenes, counts = {}, (args.train, args.valid, args.test)
+    scenes = {}
+    counts = (args.train, args.valid, args.test)
     names = [f"ai_challenger_caption_{name}_{date}" for name, date in SPLITS.values()]
     if not (args.out / "scenes.json").exists():
         for path in (args.out / f"{name}{ending}" for name in names for ending in (".zip", "")):
             if path.exists():
-                fail(f"{path} is there, but no scenes.json: this is not a drawn set; choose another --out")
+                fail(f"{path} is there, but no scenes.json: this is not a drawn set; "
+                     f"choose another --out")
     for name in names:  # what was extracted from the archives that are about to be replaced
         shutil.rmtree(args.out / name, ignore_errors=True)
     with multiprocessing.Pool(initializer=end_with_parent) as pool:
