@@ -320,7 +320,7 @@ def eval_case(side: str, device: torch.device, start: str, beam_size: int = 5,
         if start == "pixels":
             grid = torch.cat([runs.encoder(part) for part in images.split(CONFIG.batch_size)])
         found = beam_search(runs.decoder.eval(), grid, beam_size, CONFIG.max_len, word_map)
-        result[:] = [[word for word in words if word] for words in found.words.tolist()]
+        result[:] = [[word for word in words if word] for words in found.words[:, 0].tolist()]
 
     @torch.no_grad()
     def search_one_by_one():
