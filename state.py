@@ -259,12 +259,6 @@ class State:
         seed = self.config.seed * 1_000_003 + self.progress.step
         torch.manual_seed(seed * 1_009 + rank())
 
-    def autocast(self):
-        """Multiply in bfloat16 or float16 where `precision` gives that; weights, their updates
-        and the loss stay float32."""
-        dtype = precision(self.config, self.device)
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-
     def update(self, loss: torch.Tensor, needs_norm: bool) -> torch.Tensor | None:
         """One step against the gradient of the loss. Returns the gradient's norm before clipping;
         None where neither the caller nor float16 needs it."""

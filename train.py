@@ -31,7 +31,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from utils import (UserError, alone, from_first_process, gather_lists, get_device,
+from utils import (UserError, alone, autocast, from_first_process, gather_lists, get_device,
                    init_distributed, is_first_process, keep_freed_memory, meet_processes,
                    precision, run_script, to_device, world_size)
 
@@ -181,7 +181,7 @@ def train_one_epoch(state: State, models: fast.Models, objective, loader: DataLo
         images = to_device(images, state.device)
         captions = to_device(captions, state.device)
         state.seed_step()
-        with state.autocast():
+        with autocast(config, state.device):
             terms, counts = objective(models, images, captions, lengths, progress.step)
         loss = mean_loss(terms, counts)
 

@@ -255,6 +255,13 @@ def precisions(device: torch.device) -> list[torch.dtype]:
     return native
 
 
+def autocast(config, device: torch.device):
+    """Multiply in bfloat16 or float16 where `precision` gives that; weights, their updates and the
+    loss stay float32."""
+    dtype = precision(config, device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype:
     """What autocast multiplies in, float32 where it is off."""
     if torch.is_autocast_enabled(device.type):

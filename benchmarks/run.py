@@ -47,16 +47,16 @@ import train  # noqa: E402
 from benchmarks import reference  # noqa: E402
 from config import Config, new_parser  # noqa: E402
 from datasets import (  # noqa: E402
-    END, PAD, START, UNK, CaptionDataset, counts_of, decode_caption, make_loader, word_list)
+    END, PAD, START, UNK, CaptionDataset, decode_caption, make_loader, word_list)
 from decoding import beam_search  # noqa: E402
 from fast.features import KeptFeatures  # noqa: E402
-from models import DecoderWithAttention, Encoder, caption_loss  # noqa: E402
+from models import DecoderWithAttention, Encoder  # noqa: E402
 from scores import score  # noqa: E402
 from self_critical import SelfCritical, draws_of_step  # noqa: E402
-from train import (  # noqa: E402
-    Averages, Progress, Sums, make_optimizers, make_scaler, mixed_precision, parameters, prepare,
-    teacher_forced, train_one_epoch, validate)
-from utils import UserError, get_device, keep_freed_memory, run  # noqa: E402
+from state import (  # noqa: E402
+    Meter, Progress, Start, State, make_optimizers, mean_loss, parameters)
+from utils import (  # noqa: E402
+    UserError, autocast, get_device, keep_freed_memory, precision, run_script)
 
 CONFIG = Config(encoder_weights="none", dropout=0.0)  # dropout draws other numbers on each side
 K = CONFIG.captions_per_image
@@ -188,16 +188,16 @@ class Case(NamedTuple):
     steps: int = 1  # iterations per timing
 
 
-def train_case(side: str, device: torch.device, start: str = "features", precision: str = "float32",
+def train_case(side: str, device: torch.device, start: str = "features", dtype: str = "float32",
                as_written: bool = False, sizes: Sizes | None = None) -> Case:
     """A training step, with clipping and Adam.
 
     Args:
         start: features, pixels (through the frozen encoder), or kept (pixels, but the product has
             their features).
-        precision, as_written: of the product.
+        dtype, as_written: of the product.
     """
-    config = replace(CONFIG, precision=precision, fast=not as_written)
+    config = replace(CONFIG, precision=dtype, fast=not as_written)
     sizes = sizes or SIZES[device.type]
     images = make_images(sizes.pictures).to(device) if start != "features" else None
     features = make_features(sizes.pictures, device) if start == "features" else None
@@ -219,22 +219,19 @@ def train_case(side: str, device: torch.device, start: str = "features", precisi
             return reference.caption_loss(scores, alphas, captions, lengths, config.alpha_c)
     else:
         optimizers = make_optimizers(config, encoder, decoder)
-        runs = prepare(encoder, decoder, config, device, (), 0, 1)
+        models = fast.choose(encoder, decoder, config, precision(config, device))
         if start == "kept":
-            features = runs.encoder(images).half()
-        totals = {name: number.to(device) for name, number in counts_of(lengths).items()}
+            features = models.encoder(images).half()
+        if features is not None:
+            models = models._replace(training_encoder=KeptFeatures(None))
 
         def loss_of_batch():
-            with mixed_precision(config, device):
-                if features is not None:
-                    grid = KeptFeatures(None)(features)
-                else:
-                    grid = runs.training_encoder(images)
-                terms = caption_loss(*runs.decoder(grid, captions, lengths), lengths, config)
-            return sum(term.weight * term.sum / totals[term.per]
-                       for term in terms.values() if term.weight)
+            given = images if features is None else features
+            with autocast(config, device):
+                terms, counts = train.cross_entropy(config, models, given, captions, lengths, 0)
+            return mean_loss(terms, counts)
 
-        runs.decoder.train()
+        models.decoder.train()
     decoder.train()
     return training_step(loss_of_batch, decoder, optimizers, config.grad_clip, device)
 
@@ -289,14 +286,15 @@ def self_critical_case(side: str, device: torch.device) -> Case:
             return reference.self_critical_loss(decoder, grid, samples, rewards, word_map)
     else:
         optimizers = make_optimizers(config, encoder, decoder)
-        runs = prepare(encoder, decoder, config, device, (), 0, 1)
+        models = fast.choose(encoder, decoder, config, precision(config, device))
+        models = models._replace(training_encoder=KeptFeatures(None))
+        models.decoder.eval()
         dataset = SimpleNamespace(captions=captions, caption_lengths=lengths)
-        objective = SelfCritical(runs.decoder, dataset, config, word_map, device)
+        objective = SelfCritical(dataset, config, word_map, device)
 
         def loss_of_batch():
-            terms, counts, _ = objective(KeptFeatures(None), runs.decoder.eval(), features,
-                                         captions_there, None, config, 0)
-            return terms["policy_gradient"].sum / counts["tokens"]
+            terms, counts = objective(models, features, captions_there, None, 0)
+            return mean_loss(terms, counts)
 
     return training_step(loss_of_batch, decoder, optimizers, config.self_critical_clip, device)
 
@@ -353,10 +351,9 @@ def preprocess_case(side: str, device: torch.device, pictures: int = 96) -> Case
     def write_by_workers():
         (root / "train.h5").unlink(missing_ok=True)
         config = replace(CONFIG, data_dir=folder.name)
-        source = dict(folder=root, image_ids=names, captions=[["w1"]] * pictures, empty=0, extra=0,
-                      no_caption=0)
-        tokens = [[["w1"]]] * pictures
-        pre_process.write_split(workers, config, "train", source, tokens, make_word_map(10), {})
+        source = pre_process.Source(root, {name: ["w1"] for name in names})
+        tokens = {name: [["w1"]] for name in names}
+        pre_process.write_split(workers, config, "train", source, tokens, make_word_map(10))
 
     def write_one_by_one():
         with h5py.File(root / "train.h5", "w") as file:
@@ -394,7 +391,7 @@ CASES = {
     "train": dict(train_decoder=train_case,
                   train_decoder_as_written=partial(train_case, as_written=True),
                   train_frozen_fp32=partial(train_case, start="pixels"),
-                  train_frozen_bf16=partial(train_case, start="pixels", precision="bfloat16"),
+                  train_frozen_bf16=partial(train_case, start="pixels", dtype="bfloat16"),
                   train_kept_features=partial(train_case, start="kept"),
                   train_self_critical=self_critical_case),
     "score": dict(score=score_case),
@@ -573,23 +570,24 @@ def epochs(device: torch.device, pictures: int, batch_size: int, workers: int) -
 def time_training(kind: str, dataset: CaptionDataset, config: Config,
                   device: torch.device) -> float:
     """Seconds of train_one_epoch."""
-    encoder, decoder = make_models("product", config, SIZES[device.type].vocab_size, device)
-    encoder.fine_tune("top" if config.fine_tune_encoder else "none")
-    optimizers = make_optimizers(config, encoder, decoder)
-    scaler = make_scaler(config, device)
-    runs = prepare(encoder, decoder, config, device, (), 0, 1)
-    encoder = runs.training_encoder
+    word_map = make_word_map(SIZES[device.type].vocab_size)
+    state = State(Start(config, {}, Path("checkpoint.pth.tar")), word_map, len(dataset), device)
+    if config.fine_tune_encoder:
+        state.encoder.fine_tune("top")  # random weights would be trained whole
+        state.optimizers = make_optimizers(config, state.encoder, state.decoder)
+    models = train.prepare(state, None, None)
     if kind == "kept":
-        encoder = keep_random_features(dataset, device)
+        models = models._replace(training_encoder=keep_random_features(dataset, device))
+    objective = partial(train.cross_entropy, config)
+    log = SimpleNamespace(reading=lambda *values: None)
     loader = make_loader(dataset, config, True)
     warm_up = max(len(loader) - 20, 0)  # the last batches
     for first in (warm_up, 0):
-        progress = Progress(run="", batches={}, batch=first)
+        state.progress = Progress({}, batch=first)
+        state.meter = Meter(state.progress, device)
         memory(device, reset=True)
         start = time.perf_counter()
-        train_one_epoch(encoder, runs.decoder, teacher_forced, optimizers, scaler,
-                        Averages(optimizers, 0), loader, config, progress, Sums({}, device, 0),
-                        None, lambda: None)
+        train.train_one_epoch(state, models, objective, loader, log, lambda: None)
         seconds = time.perf_counter() - start
     return seconds
 
@@ -606,9 +604,11 @@ def time_validation(kind: str, dataset: CaptionDataset, config: Config,
     word_map = make_word_map(vocab_size)
     words = word_list(word_map)
     models = make_models("product", config, vocab_size, device, talkative=True)
-    runs = prepare(*models, config, device, (), 0, 1)
-    encoder = keep_random_features(dataset, device) if kind == "kept" else runs.encoder
+    models = fast.choose(*models, config, precision(config, device))
+    if kind == "kept":
+        models = models._replace(encoder=keep_random_features(dataset, device))
     config = train.for_validation(config, device)
+    state = SimpleNamespace(config=config, device=device, word_map=word_map)
     references = []
     for captions, lengths in zip(dataset.captions.tolist(), dataset.caption_lengths.tolist()):
         references.append([decode_caption(ids[1:n - 1], words) for ids, n in zip(captions, lengths)])
@@ -616,7 +616,7 @@ def time_validation(kind: str, dataset: CaptionDataset, config: Config,
     warm_up = [dataset[few]]
     for loader in (warm_up, make_loader(dataset, config, False)):
         start = time.perf_counter()
-        _, captions = validate(encoder, runs.decoder, loader, config, word_map, lambda: None)
+        _, captions = train.validate(state, models, loader, lambda: None)
         generated = time.perf_counter()
     score([caption["words"] for caption in captions], references)
     end = time.perf_counter()
@@ -725,4 +725,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)
