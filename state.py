@@ -581,7 +581,7 @@ class Meter:
         self.names, self.sums = list(numbers), values
 
         self.steps.append((progress.batch, rows, loss.detach()))
-        progress.terms = {name: (term.per, term.weight) for name, term in terms.items()}
+        progress.terms = kinds_of(terms)
         now = time.perf_counter()
         progress.seconds += now - self.clock
         self.clock = now
@@ -624,6 +624,11 @@ def means(sums: dict[str, float], terms: dict[str, tuple], seconds: float) -> di
     found = {name: sums[name] / max(sums[per], 1) for name, (per, _) in terms.items()}
     loss = sum(weight * found[name] for name, (_, weight) in terms.items())
     return dict(loss=loss, **found, images_per_s=sums["images"] / seconds)
+
+
+def kinds_of(terms: dict[str, Term]) -> dict[str, tuple[str, float]]:
+    """What each term is a mean over, and its weight in the loss."""
+    return {name: (term.per, term.weight) for name, term in terms.items()}
 
 
 def mean_loss(terms: dict[str, Term], counts: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -50,7 +50,7 @@ from models import caption_loss
 from runlog import RunLog, epoch_line, progress_bar
 from scores import score
 from self_critical import SelfCritical
-from state import (PICTURES_SHOWN, Pause, Start, State, mean_loss, means, settings,
+from state import (PICTURES_SHOWN, Pause, Start, State, kinds_of, mean_loss, means, settings,
                    with_skipped_steps)
 
 
@@ -224,31 +224,36 @@ def validate(state: State, models: fast.Models, loader: DataLoader, pause: Pause
     config, device = state.config, state.device
     models.encoder.eval()
     models.decoder.eval()
-    sums, kinds, generated = collections.Counter(), {}, []
+    sums = collections.Counter()
+    generated = []
     started = time.perf_counter()
     for images, captions, lengths, rows in progress_bar(loader, "validate"):
         grid = models.encoder(images.to(device))
         scores, targets, alphas = models.decoder(grid, captions.to(device), lengths)
         terms = caption_loss(scores, targets, alphas, lengths, config)
-        kinds = {name: (term.per, term.weight) for name, term in terms.items()}
         sums.update({name: term.sum.item() for name, term in terms.items()})
         sums.update({name: count.item() for name, count in counts_of(lengths).items()})
-
         found = generate(models.decoder, grid, state.word_map, config.max_len, beam_size=1)
-        for row, caption in zip(rows.tolist(), found):
-            if row >= PICTURES_SHOWN:
-                del caption["alphas"]
-            generated.append({"row": row, **caption})
+        generated += with_rows(found, rows)
         pause()
     if dist.is_initialized() and len(loader) < loader.sampler.rounds():
         pause()  # all together: other processes have a batch more
 
     total = collections.Counter()
-    for part, part_kinds in gather_lists([(sums, kinds)]):
+    for part in gather_lists([sums]):
         total.update(part)
-        kinds = kinds or part_kinds  # a process may have no batch
+    kinds = from_first_process(kinds_of(terms) if is_first_process() else None)
     generated = sorted(gather_lists(generated), key=lambda caption: caption["row"])
     return means(total, kinds, time.perf_counter() - started), generated
+
+
+def with_rows(captions: list[dict], rows: torch.Tensor) -> list[dict]:
+    """Captions with the rows of their pictures, and without the alphas that are not shown."""
+    for caption, row in zip(captions, rows.tolist()):
+        caption["row"] = row
+        if row >= PICTURES_SHOWN:
+            del caption["alphas"]
+    return captions
 
 
 def score_captions(captions: list[dict], references: list | None) -> dict[str, float]:
