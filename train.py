@@ -195,7 +195,8 @@ def train_one_epoch(state: State, models: fast.Models, objective, loader: DataLo
 
         if is_read:
             reading = state.read(norm, loader.dataset)
-            bar.set_postfix(loss=reading["loss"], images_per_s=reading["images_per_s"])
+            bar.set_postfix(loss=reading["loss"], images_per_s=reading["images_per_s"],
+                            refresh=False)
             if not is_last:  # which is logged with the epoch
                 log.reading(reading, progress.step)
         pause()
