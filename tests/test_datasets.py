@@ -25,10 +25,10 @@ from torch.utils.data._utils import signal_handling
 import datasets
 import models
 from config import get_config
-from datasets import (PICTURE_FORMATS, PICTURE_SUFFIXES, BadPicture, BatchSampler, CaptionDataset,
-                      build_word_map, decode_caption, draft_size, encode_caption, kind_of,
-                      largest_batch_size, load_word_map, make_loader, normalise, open_picture,
-                      read_image, short_names, tokenize, word_list)
+from datasets import (BadPicture, BatchSampler, CaptionDataset, build_word_map, decode_caption,
+                      draft_size, encode_caption, kind_of, largest_batch_size, load_word_map,
+                      make_loader, normalise, open_picture, read_image, short_names, tokenize,
+                      word_list)
 from pre_process import SPLITS
 from utils import UserError, replacing, write_text
 
@@ -96,13 +96,6 @@ def test_every_kind_of_picture_gives_its_colours(name, tmp_path):
     pixels = read_image(tmp_path / name, 40)
     assert pixels.dtype == np.uint8 and pixels.shape == (40, 40, 3)
     assert np.abs(pixels.astype(int) - colour).max() <= tolerance
-
-
-def test_every_suffix_of_the_formats_is_known():
-    format_of = Image.registered_extensions()
-    assert {format_of[suffix] for suffix in PICTURE_SUFFIXES} == set(PICTURE_FORMATS)
-    suffixes = {suffix for suffix, name in format_of.items() if name in PICTURE_FORMATS}
-    assert suffixes - {*PICTURE_SUFFIXES} == {".apng", ".pfm"}  # no photographs
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P", "I;16"])
@@ -209,6 +202,11 @@ def cut_short_and_large(path):
     path.write_bytes(path.read_bytes()[:-9000])
 
 
+def flipped(path):
+    content = noise(path)
+    path.write_bytes(content[:500] + bytes(100) + content[600:])
+
+
 BROKEN = {
     "missing.jpg": lambda path: None,
     "empty.jpg": lambda path: path.write_bytes(b""),
@@ -217,7 +215,7 @@ BROKEN = {
     "cut_short.jpg": lambda path: path.write_bytes(noise(path)[:-800]),
     "cut_short_large.jpg": cut_short_and_large,
     "cut_short.png": lambda path: path.write_bytes(noise(path)[:-800]),
-    "flipped.png": lambda path: path.write_bytes(noise(path)[:500] + bytes(100) + noise(path)[600:]),
+    "flipped.png": flipped,
 }
 
 
@@ -598,7 +596,7 @@ def sampler_of(n, batch_size, training=True, seed=0, rank=0, processes=1):
 
 
 def epoch_of(n, batch_size, processes=1, epoch=0, training=True, seed=0):
-    """Batches of each process in one epoch: a list (processes) of lists (steps) of lists of rows."""
+    """Batches of each process in one epoch: lists (processes) of lists (steps) of lists of rows."""
     shares = []
     for rank in range(processes):
         sampler = sampler_of(n, batch_size, training, seed, rank, processes)
@@ -638,12 +636,6 @@ def test_epochs_differ_and_are_the_same_again():
     assert epochs == [epoch_of(100, 10, epoch=epoch) for epoch in range(5)]
     assert epoch_of(100, 10, seed=1) not in (*epochs, epoch_of(100, 10, seed=1, epoch=1))
     assert rows_of(epochs[0]) != list(range(100))
-
-
-def test_over_the_epochs_every_row_is_seen():
-    seen = [row for epoch in range(40) for row in rows_of(epoch_of(13, 5, epoch=epoch))]
-    counts = [seen.count(row) for row in range(13)]
-    assert min(counts) > 20 and max(counts) <= 40
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])

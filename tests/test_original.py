@@ -6,7 +6,6 @@ import os
 import pickle
 import shlex
 import shutil
-import zipfile
 from collections import OrderedDict
 
 import pytest
@@ -265,13 +264,9 @@ def test_tensors_beyond_their_storage(tmp_path, form, size, stride, offset, reas
     refused(save(checkpoint, tmp_path / "odd.pth.tar", form), reason)
 
 
-def test_storages_whose_sizes_lie(tmp_path):
-    legacy, whole = (save(small_checkpoint(), tmp_path / f"{form}.pth.tar", form) for form in FORMS)
+def test_a_storage_whose_size_lies(tmp_path):
+    legacy = save(small_checkpoint(), tmp_path / "legacy.pth.tar", "legacy")
     content = legacy.read_bytes()
     at = content.rindex((4).to_bytes(8, "little"))  # the length before the last storage
     legacy.write_bytes(content[:at] + (2**40).to_bytes(8, "little") + content[at + 8:])
     refused(legacy, "storage")
-    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(tmp_path / "bomb.pth.tar", "w", zipfile.ZIP_DEFLATED) as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-    refused(tmp_path / "bomb.pth.tar", "compressed")

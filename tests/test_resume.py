@@ -18,7 +18,7 @@ from common import (KILLS, ROOT, assert_near, assert_same, call, fails, files_un
 import eval
 import train
 from checkpoint import load_checkpoint
-from utils import UserError, meet_processes, own_part, resumes
+from utils import Meeting, UserError, meet_processes, own_part, resumes
 
 pytestmark = pytest.mark.usefixtures("small_figures")
 
@@ -170,7 +170,7 @@ def test_torchrun_does_not_take_over_a_run_that_is_there(tmp_path):
         found = []
         for rank, store in enumerate(start_job(job)):
             try:
-                found.append(resumes(path, told, rank, store))
+                found.append(resumes(path, told, Meeting(rank, 2, store)))
             except UserError:
                 found.append("refused")
         assert found[0] == found[1]

@@ -196,7 +196,7 @@ def test_workers_have_room_for_their_batches(tiny, tiny_flags, tmp_path, monkeyp
     for room, workers in ((100, 2), (5, 1), (3, 0)):
         usage = SimpleNamespace(free=room * batch)
         monkeypatch.setattr(datasets.shutil, "disk_usage", lambda path, usage=usage: usage)
-        loader = make_loader(dataset, config, shuffle=True)
+        loader = make_loader(dataset, config, training=True)
         assert len(list(loader)) == 3 and loader.num_workers == workers
         said = capsys.readouterr().out
         assert ("--shm-size" in said and f"{workers} workers instead of 2" in said) == (workers < 2)
