@@ -45,7 +45,7 @@ from decoding import generate, log_policy, never_generated  # noqa: E402
 from fast.decoder import pool_matrix  # noqa: E402
 from fast.features import keep_features  # noqa: E402
 from scores import attention_entropy  # noqa: E402
-from utils import UserError, run_script, subcommand, write_text  # noqa: E402
+from utils import UserError, run_script, write_text  # noqa: E402
 
 NOTE = ("It has seen 7,000 photographs (Flickr8k-CN's train and valid): people, dogs, sports, "
         "beaches, snow. All else it calls by the name of what it knows. Photographs and captions: "
@@ -101,8 +101,12 @@ ROWS = {
 
 
 def main() -> None:
-    subcommand("photographs.py", study=study, faithfulness=faithfulness, measure=measure,
-               release=release, few=few)
+    commands = dict(study=study, faithfulness=faithfulness, measure=measure, release=release,
+                    few=few)
+    name = sys.argv[1] if len(sys.argv) > 1 else None
+    if name not in commands:
+        raise UserError(f"photographs.py takes one of {', '.join(commands)}, then its flags")
+    commands[name](sys.argv[2:])
 
 
 # --------------------------------------------------------------------------------------------------
