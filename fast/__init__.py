@@ -1,167 +1,191 @@
-"""The one door to speed: models.py's own functions, faster, and only where they give the same numbers.
+"""The one door to speed: models.py's own functions, faster, and only where they do the same.
 
-`choose` looks at the very modules that will run, tries both ways on a small random batch, in float32, with their own
-weights and on their own device, and compares outputs and every gradient. Whoever edits models.py gets what it says.
+An edited half of the model runs as written (edits.py). Otherwise `choose` looks at the very modules
+that will run and tries both ways on a small random batch, in float32, with their own weights and on
+their own device, whose kernels may fail: outputs and every gradient must agree.
 """
 import copy
-import functools
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from backbones import RESNETS
-from fast.decoder import FastDecoder, other_parameters
+from config import Config
+from fast.decoder import FastDecoder, other_parameter
+from fast.edits import edits
 from fast.encoder import FoldedEncoder, Replayed
+from models import DecoderWithAttention, Encoder
 
 CHECK_SIDE = 128  # pixels of the pictures that the encoder is tried with, at most
 TOLERANCE = 1e-3  # of the largest value; rounding gives 1e-5, an edit that matters 1e-2
-ROUGH = 0.1  # the same in bfloat16, where rounding gives 0.015: a graph or a convolution that fails gives more
+ROUGH = 0.1  # the same in bfloat16, where rounding gives 0.015 and a graph that fails more
 
 
 class Models(NamedTuple):
     """What runs in the places of the two halves of a model."""
 
-    encoder: nn.Module  # for validation, evaluation and kept features: float32, without gradients where it is folded
+    encoder: nn.Module  # for validation, evaluation, kept features: float32; folded, no gradients
     training_encoder: nn.Module  # in training's precision
     decoder: nn.Module
     training_decoder: nn.Module  # the same, unless several processes share a batch
-    report: dict  # "encoder", "decoder" -> how each runs; what differs where it runs as written
+    report: dict[str, str]  # "encoder", "decoder" -> how each runs, and why
 
-    def summary(self):
+    def summary(self) -> str:
         return "; ".join(f"{half}: {how}" for half, how in self.report.items())
 
 
-def choose(encoder, decoder, config, dtype=None):
-    """Decide how the two halves run; takes less than a second on a GPU and leaves weights and random numbers alone.
+def choose(encoder: Encoder, decoder: DecoderWithAttention, config: Config,
+           dtype: torch.dtype | None = None) -> Models:
+    """Decide how the two halves run; weights and random numbers stay as they are.
 
-    Args:
-        encoder (Encoder), decoder (DecoderWithAttention): on their device; the parameters stay theirs.
-        config (Config). dtype (torch.dtype): what a frozen encoder multiplies in while the decoder is trained; None
-            where nothing is trained.
-    Returns:
-        Models
+    Takes less than a second on a GPU. `dtype` is what a frozen encoder multiplies in while the
+    decoder is trained; None where nothing is trained.
     """
     if not config.fast:
         how = "as written (--fast false)"
-        return Models(encoder, encoder, decoder, decoder,
-                      dict(encoder=how, decoder=how))
+        return Models(encoder, encoder, decoder, decoder, {"encoder": how, "decoder": how})
+
     device = next(decoder.parameters()).device
     encoder.to(memory_format=torch.channels_last)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), \
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    encoder.eval()
+    with (torch.random.fork_rng([device] if device.type == "cuda" else []),
+          torch.backends.cudnn.flags(enabled=True, allow_tf32=False)):
         torch.manual_seed(0)
-        side, cells = min(config.image_size, CHECK_SIDE), -(-config.image_size // encoder.stride)
-        images = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8).to(device)
-        quick_encoder, training_encoder, encoder_runs = encoder.eval(), encoder, "as written, as it is trained"
-        if config.encoder not in RESNETS:
-            encoder_runs = "as written: fast/ rearranges torchvision's ResNets only"
-        elif dtype is None or not config.fine_tune_encoder:
-            quick_encoder, training_encoder, encoder_runs = choose_encoder(encoder, images, dtype)
-        quick_decoder, decoder_runs = choose_decoder(decoder, torch.rand(2, cells, cells, encoder.dim, device=device))
-    return Models(quick_encoder, training_encoder, quick_decoder, quick_decoder,
-                  dict(encoder=encoder_runs, decoder=decoder_runs))
+        quick_encoder, training_encoder, encoder_runs = choose_encoder(encoder, config, dtype)
+        cells = -(-config.image_size // encoder.stride)
+        grid = torch.rand(2, cells, cells, encoder.dim, device=device)
+        quick_decoder, decoder_runs = choose_decoder(decoder, grid)
+    report = {"encoder": encoder_runs, "decoder": decoder_runs}
+    return Models(quick_encoder, training_encoder, quick_decoder, quick_decoder, report)
+
+
+def choose_encoder(encoder: Encoder, config: Config,
+                   dtype: torch.dtype | None) -> tuple[nn.Module, nn.Module, str]:
+    """What runs in evaluation, what runs in training, and how, in words."""
+    if config.encoder not in RESNETS:
+        return encoder, encoder, "as written: fast/ rearranges torchvision's ResNets only"
+    if names := edits("encoder", encoder):
+        return encoder, encoder, f"as written: edited ({', '.join(names)})"
+    if dtype is not None and config.fine_tune_encoder:
+        return encoder, encoder, "as written, as it is trained"
+    try:
+        return fold(encoder, min(config.image_size, CHECK_SIDE), dtype)
+    except Exception as error:  # whatever a device makes of it
+        return encoder, encoder, f"as written: fast/ does not run here ({type(error).__name__})"
 
 
 @torch.no_grad()
-def choose_encoder(encoder, images, dtype):
-    """Returns: the encoder or a FoldedEncoder; what runs in training, in `dtype`; str: how they run."""
+def fold(encoder: Encoder, side: int,
+         dtype: torch.dtype | None) -> tuple[nn.Module, nn.Module, str]:
+    """As choose_encoder, of unedited code; tries random pictures of so many pixels a side."""
+    images = torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8).to(encoder.mean.device)
+    grid = encoder(images).float()
+    folded = FoldedEncoder(encoder).eval()
+    is_right = is_close(folded(images), grid)
+
+    training, tried, passes = folded, folded, 0
+    if dtype not in (None, torch.float32):
+        training = tried = FoldedEncoder(encoder, dtype)
+        passes = 1
+    if dtype is not None and images.is_cuda:
+        training, tried = Replayed(training), Replayed(training)
+        passes = 3  # the second is recorded, the third replayed
+    for _ in range(passes):
+        is_right = is_right and is_close(tried(images), grid, ROUGH * grid.abs().max())
+    if not is_right:
+        return encoder, encoder, "as written: fast/ gives another grid"
+    return folded, training, "fast"
+
+
+def choose_decoder(decoder: DecoderWithAttention, grid: Tensor) -> tuple[nn.Module, str]:
+    """What runs, and how, in words; tried with a random grid (2, h, w, D)."""
+    if names := edits("decoder", decoder):
+        return decoder, f"as written: edited ({', '.join(names)})"
     try:
-        grid = encoder(images).float()
-        folded = FoldedEncoder(encoder).eval()
-        training = folded if dtype in (None, torch.float32) else FoldedEncoder(encoder, dtype)
-        is_recorded, rough = dtype and images.is_cuda, ROUGH * grid.abs().max()
-        if is_recorded:  # the second pass; the third one is replayed
-            tried = map(Replayed(training), 3 * [images])
-        else:
-            tried = [] if training is folded else [training(images)]
-        is_right = is_close(folded(images), grid) and all(is_close(x, grid, rough) for x in tried)
-        what = None if is_right else "models.py gives another grid"
-    except Exception as error:  # whatever an edited network leads the folding to
-        what = f"fast/ cannot follow models.py ({type(error).__name__})"
-    if what:
-        return encoder, encoder, f"as written: {what}"
-    return folded, Replayed(training) if is_recorded else training, "fast"
+        if name := other_parameter(decoder):
+            return decoder, f"as written: it has another {name}"
+        other = other_outcome(decoder, grid)
+    except Exception as error:  # whatever a device or its compilers make of it
+        what = f"{type(error).__name__}: {str(error):.80}"
+        return decoder, f"as written: fast/ does not run here ({what})"
+    if other:
+        return decoder, f"as written: fast/ gives another {other}"
+    return FastDecoder(decoder), "fast"
 
 
-def choose_decoder(decoder, grid):
-    """Returns: FastDecoder or the decoder; str: how it runs."""
-    twin = copy.deepcopy(decoder)  # may keep averages or count its calls
-    try:
-        passes = 3 if FastDecoder(twin).is_fused(grid) else 1  # the second is recorded, the third replayed
-        tries = [[x, x.flip(0), 2 * x][:passes] for x in (grid, 1 - grid)]
-        expected = functools.cache(lambda number: [outcomes(twin, twin, x) for x in tries[number]])
-        expected(0)
-    except Exception as error:  # whatever an edited decoder makes of these arguments
-        return decoder, f"as written: models.py cannot be called as fast/ calls it ({type(error).__name__}: {error})"
-    reason = other_way(FastDecoder, twin, tries, expected)
-    if not reason:
-        return FastDecoder(decoder), "fast"
-    if not other_way(lambda twin: FastDecoder(twin, twin.attention), twin, tries, expected):
-        return FastDecoder(decoder, decoder.attention), f"fast, but attention as written: {reason}"
-    return decoder, f"as written: {reason}"
+def other_outcome(decoder: DecoderWithAttention, grid: Tensor) -> str | None:
+    """The first outcome in which FastDecoder differs from the decoder; None where all are the same.
 
-
-def other_way(build, twin, tries, expected):
-    """Why what `build` makes of a decoder does not do in its place, in words; None where it does.
-
-    Rounding may turn a relu on or off, which only gradients show: these must differ on both of two batches.
-
-    Args: build (function): of the decoder. twin (DecoderWithAttention). tries (list of lists): grids. expected
-        (function): number of a try -> its outcomes as written, computed when they are needed.
+    Rounding may turn a relu on or off, which only gradients show: they must differ for two grids.
     """
-    try:
-        if build is FastDecoder and (reason := other_parameters(twin)):
-            return reason
-        runs = build(twin)
-        for number, grids in enumerate(tries):
-            found = (outcomes(runs, twin, grid) for grid in grids)
-            reason = next(filter(None, map(difference, found, expected(number))), None)
-            if not reason or "gradient" not in reason:
-                break
-        return reason
-    except Exception as error:  # whatever an edited decoder leads the rearranged one to
-        return f"fast/ cannot follow models.py ({type(error).__name__}: {str(error):.80})"
+    twin = copy.deepcopy(decoder)  # stays in the mode it is in
+    fast_twin = FastDecoder(twin)
+    passes = 3 if fast_twin.is_fused(grid) else 1  # the second is recorded, the third replayed
+    for tried in (grid, 1 - grid):
+        other = None
+        for x in (tried, tried.flip(0), 2 * tried)[:passes]:
+            other = other or difference(outcomes(fast_twin, twin, x), outcomes(twin, twin, x))
+        if other is None or not other.startswith("gradient"):
+            break
+    return other
 
 
-def outcomes(runs, owner, grid):
-    """All that training and decoding make of a small batch.
-
-    Args: runs (Module): what is called. owner (DecoderWithAttention): of the parameters. grid: (B, h, w, D).
-    Returns: dict, name -> tensor.
-    """
-    V, device = owner.fc.out_features, grid.device
+def outcomes(runs: nn.Module, owner: DecoderWithAttention,
+             grid: Tensor) -> dict[str, Tensor | None]:
+    """All that training and decoding make of a small batch, by name. `owner` has the parameters."""
+    vocab_size = owner.fc.out_features
     lengths = torch.tensor([[6, 3, 0], [2, 5, 4]])
-    captions = torch.randint(V, (2, 3, 6), generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator().manual_seed(0)
+    captions = torch.randint(vocab_size, (2, 3, 6), generator=generator).to(grid.device)
+    return {**trained(runs, owner, grid, captions, lengths), **decoded(runs, grid, captions[:, :2])}
+
+
+def trained(runs: nn.Module, owner: DecoderWithAttention, grid: Tensor, captions: Tensor,
+            lengths: Tensor) -> dict[str, Tensor | None]:
     grid = grid.detach().requires_grad_()
     runs.train()
     torch.manual_seed(1)  # dropout
     scores, targets, alphas = runs(grid, captions, lengths)
-    found = dict(score=scores, target=targets, alpha=alphas)
-    loss = sum((x * torch.linspace(-1, 1, x.numel(), device=device).view_as(x)).sum() for x in (scores, alphas))
+    loss = 0
+    for x in (scores, alphas):
+        loss = loss + (x * torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x)).sum()
     names, parameters = zip(*owner.named_parameters())
     gradients = torch.autograd.grad(loss, [grid, *parameters], allow_unused=True)
-    found |= {f"gradient of {name}": x for name, x in zip(["grid", *names], gradients)}
+    found = {"score": scores, "target": targets, "alpha": alphas}
+    for name, gradient in zip(["grid", *names], gradients):
+        found[f"gradient of {name}"] = gradient
+    return found
+
+
+@torch.no_grad()
+def decoded(runs: nn.Module, grid: Tensor, words: Tensor) -> dict[str, Tensor]:
     runs.eval()
-    with torch.no_grad():
-        features, h, c = runs.start(grid, 2)
-        for t in range(2):
-            h, c, found[f"alpha of decoding, step {t + 1}"] = runs.step(
-                features, runs.embedding(captions[:, :2, t]), h, c)
+    features, h, c = runs.start(grid, words.shape[1])
+    found = {}
+    for t in range(2):
+        h, c, alpha = runs.step(features, runs.embedding(words[:, :, t]), h, c)
+        found[f"alpha of decoding, step {t + 1}"] = alpha
     return {**found, "h of decoding": h, "c of decoding": c}
 
 
-def difference(found, expected):
-    """The first outcome that is not as models.py gives it, in words; None where all are."""
-    largest = max(x.abs().max() for name, x in expected.items() if name.startswith("gradient") and x is not None)
+def difference(found: dict, expected: dict) -> str | None:
+    """The name of the first outcome that is not as expected; None where all are."""
+    largest = max(x.abs().max() for name, x in expected.items()
+                  if name.startswith("gradient") and x is not None)
     for name, value in expected.items():
-        # A gradient that is zero but for rounding, such as the energies' bias has, may be any rounding.
+        # A gradient that is zero but for rounding, as the energies' bias has, may be any rounding.
         floor = 1e-2 * TOLERANCE * largest if name.startswith("gradient") else 0
-        if (found[name] is None) != (value is None) or value is not None and not is_close(found[name], value, floor):
-            return f"models.py gives another {name}"
+        if value is None or found[name] is None:
+            if found[name] is not value:
+                return name
+        elif not is_close(found[name], value, floor):
+            return name
     return None
 
 
-def is_close(found, expected, floor=0):
-    return found.shape == expected.shape and bool(
-        (found.float() - expected.float()).abs().max() <= TOLERANCE * expected.float().abs().max() + floor)
+def is_close(found: Tensor, expected: Tensor, floor: Tensor | float = 0) -> bool:
+    if found.shape != expected.shape:
+        return False
+    error = (found.float() - expected.float()).abs().max()
+    return bool(error <= TOLERANCE * expected.float().abs().max() + floor)

@@ -1,23 +1,27 @@
 """CUDA graphs: many small kernels, started all at once."""
+from collections.abc import Callable
+
 import torch
 
 
 class Recorded:
-    """A function as a CUDA graph: called as it is the first time, recorded the second time, from then on replayed.
+    """A function as a CUDA graph: called the first time, recorded the second, then replayed.
 
-    The first call sets up what must not be recorded, such as cuDNN's choice of kernels.
-
-    Args:
-        memory: of torch.cuda.graph_pool_handle, for graphs that share it as they never run at the same time and leave
-        nothing in it for one another; None for its own.
+    The first call sets up what must not be recorded, such as cuDNN's choice of kernels. Graphs may
+    share `memory`, of torch.cuda.graph_pool_handle, where they never run at the same time and leave
+    nothing in it for one another.
     """
 
-    def __init__(self, memory=None):
-        self.memory, self.graph, self.was_called = memory, None, False
+    def __init__(self, memory: tuple | None = None):
+        self.memory = memory
+        self.graph = None
+        self.was_called = False
 
-    def __call__(self, function):
-        """Args: function: the same every time, without arguments; works on tensors that stay where they are. What it
-        allocates belongs to the graph, whose next replay overwrites it."""
+    def __call__(self, function: Callable[[], None]) -> None:
+        """The function must be the same every time and work on tensors that stay where they are.
+
+        What it allocates belongs to the graph, whose next replay overwrites it.
+        """
         if not self.was_called:
             self.was_called = True
             function()

@@ -1,13 +1,15 @@
 """The time loop of models.DecoderWithAttention for GPUs, fused: the same numbers.
 
-PyTorch launches some twenty kernels per step and forty for its gradient, most of them too small for a GPU, and writes
-the attention's hidden layer, (B, K, P, A), to memory. Here a step is two matrix products and two kernels of our own:
-`attend`, which computes the hidden layer of one caption tile by tile in registers (Eq. 4, 5, 13), and `cell` (Eq. 1-3).
-The gradients that all steps add to, of weights, keys and grids, are summed after the loop. Matrix products are in
-autocast's dtype; everything else is computed in float32. All captions run through all steps, as zeros after their end,
-so that loops of one length launch the same kernels every time: in training these are captured as a CUDA graph.
+PyTorch launches some twenty kernels per step and forty for its gradient, most of them too small for
+a GPU, and writes the attention's hidden layer, (B, K, P, A), to memory. Here a step is two matrix
+products and two kernels of our own: `attend`, which computes the hidden layer of one caption tile
+by tile in registers (Eq. 4, 5, 13), and `cell` (Eq. 1-3). The gradients that all steps add to are
+summed after the loop. Matrix products are in autocast's dtype, all else is in float32. All captions
+run through all steps, as zeros after their end, so that loops of one length launch the same kernels
+every time: in training these are captured as a CUDA graph.
 
-Symbols as in models.py; N = B K captions, W = A + D + 4H the columns h is multiplied to: query, beta, gates.
+Symbols as in models.py; N = B K captions; h is multiplied to query, beta and gates, which are
+W = A + D + 4H.
 """
 import functools
 import warnings
@@ -16,27 +18,29 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fast.graphs import Recorded
 from utils import autocast_dtype
 
 
-def are_usable(grid, pool):
+def are_usable(grid: Tensor, pool: Tensor) -> bool:
     """Whether the kernels can run: on a GPU, where a caption's attention fits into registers."""
     return grid.is_cuda and max(pool.shape) <= 1024 and run_on(grid.device)
 
 
 @functools.cache
-def run_on(device):
-    """Whether Triton can compile and start a kernel here. Args: device (torch.device)."""
+def run_on(device: torch.device) -> bool:
+    """Whether Triton can compile and start a kernel here."""
     row = torch.zeros(1, 16, device=device)
     try:
         cell[(1,)](row, row, row, row.long(), 0, row.clone(), row.clone(), row.clone(), 0, 4, 4)
     except Exception as error:  # whatever the compilers that it calls do
         reason = str(error).partition("\n")[0]
-        warnings.warn(f"Triton does not work here ({reason:.200}): without kernels.py, which needs it and a C "
-                      f"compiler, training on a GPU takes several times as long", stacklevel=2)
+        warnings.warn(f"Triton does not work here ({reason:.200}): without kernels.py, which needs "
+                      f"it and a C compiler, training on a GPU takes several times as long",
+                      stacklevel=2)
         return False
     return True
 
@@ -44,195 +48,263 @@ def run_on(device):
 class Steps(NamedTuple):
     """The outputs of time steps, one row per caption and step."""
 
-    pre: torch.Tensor  # (n, W): query, beta before its sigmoid, h's part of the gates
-    alpha: torch.Tensor  # float32 (n, P)
-    cells: torch.Tensor  # float32 (n, G): alpha @ pool
-    context: torch.Tensor  # (n, D), after its gate
-    gates: torch.Tensor  # float32 (n, 4H): i, f, g, o
-    h: torch.Tensor  # (n, H)
-    c: torch.Tensor  # float32 (n, H)
+    pre: Tensor  # (n, W): query, beta before its sigmoid, h's part of the gates
+    alpha: Tensor  # float32 (n, P)
+    cells: Tensor  # float32 (n, G): alpha @ pool
+    context: Tensor  # (n, D), after its gate
+    gates: Tensor  # float32 (n, 4H): i, f, g, o
+    h: Tensor  # (n, H)
+    c: Tensor  # float32 (n, H)
 
 
-def empty_steps(n, grid, pool, keys, like):
+class Inputs(NamedTuple):
+    """What the steps read; in the dtype of matrix products but for energy_weight and c."""
+
+    keys: Tensor  # (B, P, A)
+    energy_weight: Tensor  # float32 (A,), full_att's
+    h_weight: Tensor  # (W, H); with the next two FastDecoder.step_weights
+    h_bias: Tensor  # (W,)
+    context_weight: Tensor  # (4H, D)
+    word_input: Tensor  # (T N, 4H)
+    h: Tensor  # (N, H)
+    c: Tensor  # float32 (N, H)
+
+
+class Gradients(NamedTuple):
+    """Those of h and alpha, which are given, and of what they lead to; rows as of Steps."""
+
+    h: Tensor
+    alpha: Tensor
+    pre: Tensor
+    energy: Tensor  # float32 (n, P), before the softmax
+    cells: Tensor
+
+
+def empty_steps(n, pixels, like):
     """Buffers of n rows, in the dtype of `like`, which is (..., 4H)."""
+    grid, pool, keys = pixels
     (P, G), D, A, H = pool.shape, grid.shape[2], keys.shape[2], like.shape[-1] // 4
-    exact = torch.float32
-    return Steps(*(torch.empty(n, width, dtype=dtype, device=like.device) for width, dtype in (
-        (A + D + 4 * H, like.dtype), (P, exact), (G, exact), (D, like.dtype), (4 * H, exact), (H, like.dtype),
-        (H, exact))))
+    empty = functools.partial(torch.empty, device=like.device, dtype=like.dtype)
+    exact = functools.partial(empty, dtype=torch.float32)
+    return Steps(pre=empty(n, A + D + 4 * H), alpha=exact(n, P), cells=exact(n, G),
+                 context=empty(n, D), gates=exact(n, 4 * H), h=empty(n, H), c=exact(n, H))
 
 
-def step(grid, pool, keys, energy_weight, weights, word_input, h, c, lengths, t, out):
-    """One time step of all K captions of each picture: fast.decoder.FastDecoder.rows_step.
+def step(pixels, weights, word_input, state, lengths, t, out):
+    """One time step of all captions, as FastDecoder.rows_step; fills the N rows of out (Steps).
 
-    Args:
-        grid, pool, keys: see fast.decoder.Pixels. energy_weight: full_att's, (A,). weights: see step_weights.
-            word_input: (N, 4H). h, c: (N, H). pool, energy_weight and c are float32, all else of one dtype.
-        lengths: int64 (N,); a caption of no more than t (int) steps has ended, and gives zeros.
-        out (Steps): its N rows are filled.
+    Pixels, weights, word_input and state, h and c, are as in Inputs; the pool is float32. A caption
+    of no more than t steps, by lengths, int64 (N,), has ended, and gives zeros.
     """
-    h_weight, h_bias, context_weight = weights
-    (B, P, A), (G, D), (N, H) = keys.shape, grid.shape[1:], h.shape
+    grid, pool, keys = pixels
+    energy_weight, h_weight, h_bias, context_weight = weights
+    h, c = state
+    (P, A), (G, D), (N, H) = keys.shape[1:], grid.shape[1:], h.shape
     PP, GG = triton.next_power_of_2(P), triton.next_power_of_2(G)
     torch.addmm(h_bias, h, h_weight.T, out=out.pre)
-    attend[(N,)](out.pre, grid, pool, keys, energy_weight, lengths, t, out.alpha, out.cells, out.context, N // B, A, D,
-                 H, P, G, PP, GG, max(4096 // PP, 4), max(4096 // GG, 4), max(8192 // GG, 16), num_warps=4)
+    attend[(N,)](out.pre, grid, pool, keys, energy_weight, lengths, t, out.alpha, out.cells,
+                 out.context, N // len(grid), A, D, H, P, G, PP, GG, max(4096 // PP, 4),
+                 max(4096 // GG, 4), max(8192 // GG, 16), num_warps=4)
     gates = torch.addmm(word_input, out.context, context_weight.T)
-    cell[(N,)](out.pre, gates, c, lengths, t, out.gates, out.h, out.c, A + D, H, triton.next_power_of_2(H))
+    cell[(N,)](out.pre, gates, c, lengths, t, out.gates, out.h, out.c, A + D, H,
+               triton.next_power_of_2(H))
 
 
 class Loop:
-    """All that lies between grids with embedded words and the states, at most T steps, and its gradient, in buffers.
+    """All between grids with words and the states, at most T steps, and its gradient, in buffers.
 
-    FastDecoder's own functions give what the loop over `step` reads. For each length that recurs, both passes are a
-    CUDA graph: the host starts about half as many operations as with graphs of the loop alone (benchmarks/memory.py).
-
-    Args:
-        decoder (FastDecoder). grid: (B, h, w, D). words: (T, N, E). dtype: of the matrix products. is_trained (bool):
-        there will be a backward pass.
+    FastDecoder's own functions give what the loop over `step` reads. For each length that recurs
+    both passes are a CUDA graph: the host starts about half as many operations as with graphs of
+    the loop alone (benchmarks/memory.py). The grid is (B, h, w, D), words, (T, N, E), are embedded,
+    dtype is that of matrix products.
     """
 
     def __init__(self, decoder, grid, words, dtype, is_trained):
-        (self.T, N, _), self.decoder, self.dtype = words.shape, decoder, dtype
-        empty, exact = functools.partial(torch.empty, device=grid.device, dtype=dtype), torch.float32
-        self.grid, self.words, self.pool = empty(grid.shape), empty(words.shape), decoder.pool_of(grid)
+        self.T, N, _ = words.shape
+        self.decoder, self.dtype = decoder, dtype
+        empty = functools.partial(torch.empty, device=grid.device, dtype=dtype)
+        exact = functools.partial(empty, dtype=torch.float32)
+        self.grid, self.words = empty(grid.shape), empty(words.shape)
+        self.pool = decoder.pool_of(grid)
         self.lengths = empty(N, dtype=torch.int64)
         self.graphs = {}
-        self.memory = torch.cuda.graph_pool_handle() if grid.is_cuda else None  # of all graphs, which run in turns
-        (B, _, _, D), P = grid.shape, len(self.pool)
-        A, H = decoder.decoder.attention.encoder_att.out_features, decoder.decoder.decode_step.hidden_size
+        # Of all graphs, as they run in turns.
+        self.memory = torch.cuda.graph_pool_handle() if grid.is_cuda else None
+
+        B, D, P = len(grid), grid.shape[3], len(self.pool)
+        A = decoder.decoder.attention.encoder_att.out_features
+        H = decoder.decoder.decode_step.hidden_size
         W = A + D + 4 * H
-        shapes = (B, P, A), (A,), (N, H), (N, H), (self.T, N, 4 * H), (W, H), (W,), (4 * H, D)
-        types = dtype, exact, dtype, exact, dtype, dtype, dtype, dtype
-        self.read = [empty(shape, dtype=kind) for shape, kind in zip(shapes, types)]  # of around_steps
-        self.steps = empty_steps(self.T * N, self.grid.flatten(1, 2), self.pool, self.read[0], self.read[4])
+        self.inputs = Inputs(
+            keys=empty(B, P, A), energy_weight=exact(A), h_weight=empty(W, H), h_bias=empty(W),
+            context_weight=empty(4 * H, D), word_input=empty(self.T * N, 4 * H), h=empty(N, H),
+            c=exact(N, H))
+        self.steps = empty_steps(self.T * N, self.pixels(), self.inputs.word_input)
         if is_trained:
-            self.grad_pre, self.grad_energy = torch.empty_like(self.steps.pre), torch.empty_like(self.steps.alpha)
-            self.grad_h, self.grad_alpha = torch.empty_like(self.steps.h), torch.empty_like(self.steps.alpha)
-            self.grad_cells = torch.empty_like(self.steps.cells)
-            self.later_h, self.later_c = (torch.empty_like(x) for x in self.read[2:4])  # what later steps hand back
-            self.grad_words, self.grad_grid = torch.empty_like(self.words), None  # the latter made by the first call
-            self.grads = [torch.empty_like(p, dtype=exact) for p in decoder.looped_parameters()]
+            like, steps = torch.empty_like, self.steps
+            self.grads = Gradients(h=like(steps.h), alpha=like(steps.alpha), pre=like(steps.pre),
+                                   energy=like(steps.alpha), cells=like(steps.cells))
+            self.later_h, self.later_c = empty(N, H), exact(N, H)  # what later steps hand back
+            self.grad_words = like(self.words)
+            self.grad_grid = None  # made by the first call that needs it
+            self.grad_parameters = [exact(p.shape) for p in decoder.looped_parameters()]
+
+    def pixels(self):
+        return self.grid.flatten(1, 2), self.pool, self.inputs.keys
 
     def around_steps(self, T):
-        """What the steps read. Returns: keys, energy_weight, h, c, word_input, and the three step_weights."""
         decoder, device = self.decoder, self.grid.device.type
-        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
+        is_mixed = self.dtype != torch.float32
+        with torch.autocast(device, self.dtype, enabled=is_mixed, cache_enabled=False):
             pixels = decoder.look(self.grid)
-            h, c = (x.repeat_interleave(len(self.lengths) // len(x), 0) for x in decoder.init_hidden_state(pixels))
-            word_input = decoder.word_input(self.words[:T])
+            h, c = decoder.init_hidden_state(pixels)
+            word_input = decoder.word_input(self.words[:T]).flatten(0, 1)
+        K = len(self.lengths) // len(h)
         energy_weight = decoder.decoder.attention.full_att.weight[0]
-        return pixels.keys, energy_weight, h, c, word_input, *decoder.step_weights()
+        return Inputs(pixels.keys, energy_weight, *decoder.step_weights(), word_input,
+                      h.repeat_interleave(K, 0), c.repeat_interleave(K, 0))
 
     def rows(self, t, buffers):
         """The rows of step t."""
         N = len(self.lengths)
-        return [x[t * N:(t + 1) * N] for x in buffers]
+        return type(buffers)(*(x[t * N:(t + 1) * N] for x in buffers))
 
     def forward(self, T):
-        for mine, x in zip(self.read, self.around_steps(T)):
+        for mine, x in zip(self.inputs, self.around_steps(T)):
             mine[:len(x)].copy_(x)
-        keys, energy_weight, h, c, word_input, *weights = self.read
+        _, *weights, word_input, h, c = self.inputs
+        word_input = word_input.view(self.T, len(h), -1)
         for t in range(T):
-            out = Steps(*self.rows(t, self.steps))
-            step(self.grid.flatten(1, 2), self.pool, keys, energy_weight, weights, word_input[t], h, c, self.lengths, t,
-                 out)
+            out = self.rows(t, self.steps)
+            step(self.pixels(), weights, word_input[t], (h, c), self.lengths, t, out)
             h, c = out.h, out.c
 
     def backward(self, T, to_grid):
-        """Args: to_grid (bool): the grid is trained too."""
-        grid, pool, lengths = self.grid.flatten(1, 2), self.pool, self.lengths
-        keys, energy_weight, _, c, _, h_weight, _, context_weight = self.read
-        (B, P, A), (G, D), (N, H) = keys.shape, grid.shape[1:], c.shape
-        PP, GG = triton.next_power_of_2(P), triton.next_power_of_2(G)
+        """to_grid: the grid is trained too."""
         self.later_h.zero_()
         self.later_c.zero_()
         for t in reversed(range(T)):
-            pre, alpha, _, context, gates, _, c_now = self.rows(t, self.steps)
-            grad_pre, grad_h, grad_alpha, grad_energy, grad_cells = self.rows(t, (
-                self.grad_pre, self.grad_h, self.grad_alpha, self.grad_energy, self.grad_cells))
-            c_before = self.rows(t - 1, [self.steps.c])[0] if t else c
-            cell_gradient[(N,)](grad_h, self.later_h, self.later_c, gates, c_now, c_before, lengths, t, grad_pre, A + D,
-                                H, triton.next_power_of_2(H))
-            grad_context = grad_pre[:, A + D:] @ context_weight
-            attend_gradient[(N,)](grad_context, grad_alpha, pre, grid, pool, keys, energy_weight, lengths, t, alpha,
-                                  context, grad_pre, grad_energy, grad_cells, N // B, A, D, H, P, G, PP, GG,
-                                  max(16384 // PP, 4), max(8192 // GG, 16), max(4096 // PP, 4), num_warps=4)
-            torch.mm(grad_pre, h_weight, out=self.later_h)
+            c_before = self.rows(t - 1, self.steps).c if t else self.inputs.c
+            self.step_backward(t, c_before, self.rows(t, self.steps), self.rows(t, self.grads))
         self.around_steps_backward(T, to_grid)
 
+    def step_backward(self, t, c_before, out, grads):
+        grid, pool, keys = self.pixels()
+        (B, P, A), (G, D), (N, H) = keys.shape, grid.shape[1:], c_before.shape
+        PP, GG = triton.next_power_of_2(P), triton.next_power_of_2(G)
+        cell_gradient[(N,)](grads.h, self.later_h, self.later_c, out.gates, out.c, c_before,
+                            self.lengths, t, grads.pre, A + D, H, triton.next_power_of_2(H))
+        grad_context = grads.pre[:, A + D:] @ self.inputs.context_weight
+        attend_gradient[(N,)](grad_context, grads.alpha, out.pre, grid, pool, keys,
+                              self.inputs.energy_weight, self.lengths, t, out.alpha, out.context,
+                              grads.pre, grads.energy, grads.cells, N // B, A, D, H, P, G, PP, GG,
+                              max(16384 // PP, 4), max(8192 // GG, 16), max(4096 // PP, 4),
+                              num_warps=4)
+        torch.mm(grads.pre, self.inputs.h_weight, out=self.later_h)
+
     def around_steps_backward(self, T, to_grid):
-        """The gradients of parameters, words and grid: what all steps add to, in one product each."""
-        grid, keys, energy_weight, h, _, _, _, _, context_weight = self.grid.flatten(1, 2), *self.read
-        (B, P, A), D, (N, H) = keys.shape, grid.shape[2], h.shape
-        parts, rows = triton.cdiv(P, KEYS), slice(T * N)
-        grad_keys = torch.empty_like(keys, dtype=torch.float32)
-        grad_energy_weight = grad_keys.new_empty(B, parts, A)
-        keys_gradient[(B, parts, triton.cdiv(A, KEYS))](
-            self.grad_energy, self.steps.pre, keys, energy_weight, self.lengths, grad_keys, grad_energy_weight, N,
-            N // B, A, A + D + 4 * H, P, KEYS)
-        grad_pre, h_before = self.grad_pre[rows], torch.cat([h, self.steps.h[:(T - 1) * N]])
-        grad_gates, words = grad_pre[:, A + D:], self.words[:T].flatten(0, 1)
-        of_h, of_bias = grad_pre.T @ h_before, grad_pre.sum(dim=0, dtype=torch.float32)
-        of_input = torch.cat([grad_gates.T @ words, grad_gates.T @ self.steps.context[rows]], dim=1)
-        on_cells = self.pool.T.to(self.dtype) @ grad_keys.to(self.dtype)  # (B, G, A)
-        of_keys = on_cells.flatten(0, 1).T @ grid.flatten(0, 1)
+        """What all steps add to, in one product each: of parameters, words and grid."""
+        B, D, N = len(self.grid), self.grid.shape[3], len(self.lengths)
+        A = self.inputs.keys.shape[2]
+        grid = self.grid.flatten(1, 2)
         mean = (self.pool.mean(dim=0, keepdim=True).to(self.dtype) @ grid).squeeze(1)
-        grad_h, grad_c = (x.view(B, -1, H).sum(dim=1).to(self.dtype) for x in (self.later_h, self.later_c))
-        found = (of_keys, grad_keys.sum(dim=(0, 1)), of_h[:A], of_bias[:A], grad_energy_weight.sum(dim=(0, 1)),
-                 of_bias.new_zeros(1),  # a softmax ignores the bias of the energies
-                 grad_h.T @ mean, grad_h.sum(dim=0), grad_c.T @ mean, grad_c.sum(dim=0),
-                 of_h[A:A + D], of_bias[A:A + D], of_input, of_h[A + D:], of_bias[A + D:], of_bias[A + D:])
-        for mine, x in zip(self.grads, found):
+        grad_keys, grad_energy_weight = self.keys_backward()
+        on_cells = self.pool.T.to(self.dtype) @ grad_keys.to(self.dtype)  # (B, G, A)
+        grad_h = self.later_h.unflatten(0, (B, -1)).sum(dim=1).to(self.dtype)
+        grad_c = self.later_c.unflatten(0, (B, -1)).sum(dim=1).to(self.dtype)
+        of_h, of_bias, of_input = self.weights_backward(T)
+        found = (
+            on_cells.flatten(0, 1).T @ grid.flatten(0, 1), grad_keys.sum(dim=(0, 1)),
+            of_h[:A], of_bias[:A],
+            grad_energy_weight, of_bias.new_zeros(1),  # a softmax ignores the bias of the energies
+            grad_h.T @ mean, grad_h.sum(dim=0),
+            grad_c.T @ mean, grad_c.sum(dim=0),
+            of_h[A:A + D], of_bias[A:A + D],
+            of_input, of_h[A + D:], of_bias[A + D:], of_bias[A + D:])
+        for mine, x in zip(self.grad_parameters, found):  # in the order of looped_parameters
             mine.copy_(x.view_as(mine))
-        torch.mm(grad_gates, self.decoder.word_weight().to(self.dtype), out=self.grad_words[:T].view(T * N, -1))
-        if to_grid:  # of each picture, the sum over its captions and their steps
-            if self.grad_grid is None:
-                self.grad_grid = torch.empty(self.grid.shape, device=grid.device)
-            ungated = grad_gates @ context_weight * torch.sigmoid(self.steps.pre[rows, A:A + D])
-            cells, ungated = (x.view(T, B, N // B, -1).transpose(0, 1).flatten(1, 2)
-                              for x in (self.steps.cells[rows], ungated))
-            decoder = self.decoder.decoder
-            on_mean = grad_h.float() @ decoder.init_h.weight + grad_c.float() @ decoder.init_c.weight  # (B, D)
-            self.grad_grid.flatten(1, 2).copy_(
-                cells.to(ungated).transpose(1, 2) @ ungated
-                + on_cells @ decoder.attention.encoder_att.weight.to(self.dtype)
-                + self.pool.mean(dim=0)[:, None] * on_mean[:, None])
+        torch.mm(self.grads.pre[:T * N, A + D:], self.decoder.word_weight().to(self.dtype),
+                 out=self.grad_words[:T].view(T * N, -1))
+        if to_grid:
+            self.grid_backward(T, on_cells, grad_h.float(), grad_c.float())
+
+    def keys_backward(self):
+        """The gradients of keys, (B, P, A), and of energy_weight, (A,)."""
+        keys, energy_weight = self.inputs.keys, self.inputs.energy_weight
+        (B, P, A), N = keys.shape, len(self.lengths)
+        parts = triton.cdiv(P, KEYS)
+        grad_keys = torch.empty_like(keys, dtype=torch.float32)
+        of_parts = grad_keys.new_empty(B, parts, A)
+        keys_gradient[(B, parts, triton.cdiv(A, KEYS))](
+            self.grads.energy, self.steps.pre, keys, energy_weight, self.lengths, grad_keys,
+            of_parts, N, N // B, A, self.steps.pre.shape[1], P, KEYS)
+        return grad_keys, of_parts.sum(dim=(0, 1))
+
+    def weights_backward(self, T):
+        """The gradients of h_weight, h_bias and the LSTM's weight_ih."""
+        N, H = self.inputs.h.shape
+        grad_pre = self.grads.pre[:T * N]
+        grad_gates = grad_pre[:, -4 * H:]
+        h_before = torch.cat([self.inputs.h, self.steps.h[:(T - 1) * N]])
+        of_words = grad_gates.T @ self.words[:T].flatten(0, 1)
+        of_context = grad_gates.T @ self.steps.context[:T * N]
+        of_bias = grad_pre.sum(dim=0, dtype=torch.float32)
+        return grad_pre.T @ h_before, of_bias, torch.cat([of_words, of_context], dim=1)
+
+    def grid_backward(self, T, on_cells, grad_h, grad_c):
+        """Of each picture, the sum over its captions and their steps."""
+        (B, _, A), D, N = self.inputs.keys.shape, self.grid.shape[3], len(self.lengths)
+        rows = slice(T * N)
+        if self.grad_grid is None:
+            self.grad_grid = torch.empty(self.grid.shape, device=self.grid.device)
+        beta = torch.sigmoid(self.steps.pre[rows, A:A + D])
+        ungated = self.grads.pre[rows, A + D:] @ self.inputs.context_weight * beta
+        cells, ungated = (x.view(T, B, N // B, -1).transpose(0, 1).flatten(1, 2)
+                          for x in (self.steps.cells[rows], ungated))
+        decoder = self.decoder.decoder
+        on_mean = grad_h @ decoder.init_h.weight + grad_c @ decoder.init_c.weight  # (B, D)
+        self.grad_grid.flatten(1, 2).copy_(
+            cells.to(ungated).transpose(1, 2) @ ungated
+            + on_cells @ decoder.attention.encoder_att.weight.to(self.dtype)
+            + self.pool.mean(dim=0)[:, None] * on_mean[:, None])
 
     def run(self, what, T, *given):
-        """Args: what (str): forward or backward. T (int): steps. given: of that."""
+        """Forward or backward (what), of T steps, recorded and replayed."""
         recorded = self.graphs.setdefault((what, T, *given), Recorded(self.memory))
         recorded(functools.partial(getattr(self, what), T, *given))
 
 
 def take_loop(decoder, grid, words, dtype):
-    """A loop whose buffers fit these inputs, of those that have done their backward pass. Args: see Loop."""
+    """A loop whose buffers fit these inputs, of those that have done their backward pass."""
     needed = grid.shape, words.shape[1:], dtype, grid.device
     for place, loop in enumerate(decoder.loops):
-        if (loop.grid.shape, loop.words.shape[1:], loop.dtype, loop.grid.device) == needed and loop.T >= len(words):
+        has = loop.grid.shape, loop.words.shape[1:], loop.dtype, loop.grid.device
+        if has == needed and loop.T >= len(words):
             return decoder.loops.pop(place)
     decoder.loops.clear()  # first: memory may not hold one more
     return Loop(decoder, grid, words, dtype, is_trained=True)
 
 
 class TimeLoop(torch.autograd.Function):
-    """models.DecoderWithAttention.forward up to the states, and its gradient by backpropagation through time.
+    """DecoderWithAttention.forward up to the states; its gradient by backpropagation through time.
 
-    Args:
-        decoder (FastDecoder). grid: (B, h, w, D). words: (T, N, E), embedded. lengths: int64 (N,), the steps of each
-        caption. is_trained (bool): a backward pass will follow, and the next loop is likely to have the same shapes.
-        parameters: the decoder's looped_parameters.
-    Returns:
-        h after every step, (T, N, H); alpha, float32 (T, N, P), 0 after a caption's end.
+    The grid is (B, h, w, D); words, (T, N, E), are embedded; lengths, (N,), are the captions'
+    steps. is_trained: a backward pass will follow, and the next loop is likely to have the same
+    shapes. The parameters are looped_parameters. Returns h after every step, (T, N, H), and alpha,
+    float32 (T, N, P), 0 after a caption's end.
     """
 
     @staticmethod
     def forward(ctx, decoder, grid, words, lengths, is_trained, *parameters):
         T, N, _ = words.shape
         dtype = autocast_dtype(grid.device)
-        loop = take_loop(decoder, grid, words, dtype) if is_trained else Loop(decoder, grid, words, dtype, False)
-        for mine, x in ((loop.grid, grid), (loop.words[:T], words), (loop.lengths, lengths)):
-            mine.copy_(x)
+        if is_trained:
+            loop = take_loop(decoder, grid, words, dtype)
+        else:
+            loop = Loop(decoder, grid, words, dtype, is_trained=False)
+        loop.grid.copy_(grid)
+        loop.words[:T].copy_(words)
+        loop.lengths.copy_(lengths)
         loop.run("forward", T)
         ctx.loop, ctx.T = loop, T
         return tuple(x[:T * N].view(T, N, -1).clone() for x in (loop.steps.h, loop.steps.alpha))
@@ -243,26 +315,36 @@ class TimeLoop(torch.autograd.Function):
         loop, T, ctx.loop = ctx.loop, ctx.T, None
         if loop is None:
             raise RuntimeError("the backward pass of a fused time loop can run once")
-        for mine, x in ((loop.grad_h, grad_h), (loop.grad_alpha, grad_alpha)):
+        to_grid = ctx.needs_input_grad[1]
+        for mine, x in ((loop.grads.h, grad_h), (loop.grads.alpha, grad_alpha)):
             mine[:T * len(loop.lengths)].view_as(x).copy_(x)
-        loop.run("backward", T, ctx.needs_input_grad[1])
-        grad_grid = loop.grad_grid.clone() if ctx.needs_input_grad[1] else None
-        grads = torch.cat([x.flatten() for x in loop.grads]).split([x.numel() for x in loop.grads])
+        loop.run("backward", T, to_grid)
+        grad_grid = loop.grad_grid.clone() if to_grid else None
+        grad_words = loop.grad_words[:T].to(torch.float32, copy=True)
+        # Copied in one launch.
+        grads = torch.cat([x.flatten() for x in loop.grad_parameters])
+        grads = grads.split([x.numel() for x in loop.grad_parameters])
+        grads = [x.view_as(mine) for x, mine in zip(grads, loop.grad_parameters)]
         loop.decoder.loops.insert(0, loop)  # of two passes in a step each finds its own again
-        return (None, grad_grid, loop.grad_words[:T].to(torch.float32, copy=True), None, None,
-                *(x.view_as(mine) for x, mine in zip(grads, loop.grads)))
+        return None, grad_grid, grad_words, None, None, *grads
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels; Triton's program is CUDA's thread block. PP and GG are powers of two that hold P and G; PART_A to PART_G are
-# the sizes of tiles along A, P, D and G, the fastest of those tried on an H100.
+# -------------------------------------------------------------------------------------------------
+# Kernels; Triton's program is CUDA's thread block. PP and GG are powers of two that hold P and G.
+# PART_A to PART_G are sizes of tiles along A, P, D and G, the fastest of those tried on an H100.
 
 KEYS = 64  # pixels, and units of the attention, in a program of keys_gradient
 
 
+@triton.jit
+def load(pointer, inside):
+    return tl.load(pointer, inside, 0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=("t",))
-def attend(pre, grid, pool, keys, energy_weight, lengths, t, alpha, cells, context, K: tl.constexpr, A: tl.constexpr,
-           D: tl.constexpr, H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, PP: tl.constexpr, GG: tl.constexpr,
+def attend(pre, grid, pool, keys, energy_weight, lengths, t, alpha, cells, context,
+           K: tl.constexpr, A: tl.constexpr, D: tl.constexpr, H: tl.constexpr, P: tl.constexpr,
+           G: tl.constexpr, PP: tl.constexpr, GG: tl.constexpr,
            PART_A: tl.constexpr, PART_P: tl.constexpr, PART_D: tl.constexpr):
     """One program per caption: pre -> alpha, cells, context."""
     n = tl.program_id(0).to(tl.int64)
@@ -280,9 +362,9 @@ def attend(pre, grid, pool, keys, energy_weight, lengths, t, alpha, cells, conte
     hidden = tl.zeros([PP, PART_A], tl.float32)
     for start in range(0, A, PART_A):
         a = start + tl.arange(0, PART_A)
-        query = tl.load(pre + a, a < A, 0).to(tl.float32)
-        weight = tl.load(energy_weight + a, a < A, 0)
-        key = tl.load(keys + b * P * A + p[:, None] * A + a, (p[:, None] < P) & (a < A), 0).to(tl.float32)
+        query = load(pre + a, a < A)
+        weight = load(energy_weight + a, a < A)
+        key = load(keys + b * P * A + p[:, None] * A + a, (p[:, None] < P) & (a < A))
         hidden += tl.maximum(key + query, 0) * weight
     energy = tl.where(p < P, tl.sum(hidden, axis=1), -float("inf"))  # Eq. 4
     weights = tl.exp(energy - tl.max(energy, axis=0))
@@ -293,23 +375,25 @@ def attend(pre, grid, pool, keys, energy_weight, lengths, t, alpha, cells, conte
     by_pool = tl.zeros([PART_P, GG], tl.float32)
     for start in range(0, P, PART_P):
         q = start + tl.arange(0, PART_P)
-        part = tl.load(alpha + n * P + q, q < P, 0)
-        by_pool += part[:, None] * tl.load(pool + q[:, None] * G + g, (q[:, None] < P) & (g < G), 0)
+        part = load(alpha + n * P + q, q < P)
+        by_pool += part[:, None] * load(pool + q[:, None] * G + g, (q[:, None] < P) & (g < G))
     on_cells = tl.sum(by_pool, axis=0)
     tl.store(cells + n * G + g, on_cells, g < G)
     for start in range(0, D, PART_D):
         d = start + tl.arange(0, PART_D)
-        beta = tl.sigmoid(tl.load(pre + A + d, d < D, 0).to(tl.float32))
-        value = tl.load(grid + b * G * D + g[:, None] * D + d, (g[:, None] < G) & (d < D), 0).to(tl.float32)
-        tl.store(context + n * D + d, beta * tl.sum(on_cells[:, None] * value, axis=0), d < D)  # Eq. 13, section 4.2.1
+        beta = tl.sigmoid(load(pre + A + d, d < D))
+        value = load(grid + b * G * D + g[:, None] * D + d, (g[:, None] < G) & (d < D))
+        value = tl.sum(on_cells[:, None] * value, axis=0)  # Eq. 13
+        tl.store(context + n * D + d, beta * value, d < D)  # section 4.2.1
 
 
 @triton.jit(do_not_specialize=("t",))
-def attend_gradient(grad_context, grad_alpha, pre, grid, pool, keys, energy_weight, lengths, t, alpha, context,
-                    grad_pre, grad_energy, grad_cells, K: tl.constexpr, A: tl.constexpr, D: tl.constexpr,
-                    H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, PP: tl.constexpr, GG: tl.constexpr,
+def attend_gradient(grad_context, grad_alpha, pre, grid, pool, keys, energy_weight, lengths, t,
+                    alpha, context, grad_pre, grad_energy, grad_cells,
+                    K: tl.constexpr, A: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+                    P: tl.constexpr, G: tl.constexpr, PP: tl.constexpr, GG: tl.constexpr,
                     PART_A: tl.constexpr, PART_D: tl.constexpr, PART_G: tl.constexpr):
-    """One program per caption: the gradients of context and alpha -> those of query, beta and energies."""
+    """One program per caption: gradients of context, alpha -> those of query, beta, energies."""
     n = tl.program_id(0).to(tl.int64)
     b = n // K
     pre += n * (A + D + 4 * H)
@@ -328,11 +412,11 @@ def attend_gradient(grad_context, grad_alpha, pre, grid, pool, keys, energy_weig
     on_cells = tl.zeros([GG, PART_D], tl.float32)
     for start in range(0, D, PART_D):
         d = start + tl.arange(0, PART_D)
-        grad = tl.load(grad_context + n * D + d, d < D, 0).to(tl.float32)
-        beta = tl.sigmoid(tl.load(pre + A + d, d < D, 0).to(tl.float32))
-        value = tl.load(context + n * D + d, d < D, 0).to(tl.float32)
+        grad = load(grad_context + n * D + d, d < D)
+        beta = tl.sigmoid(load(pre + A + d, d < D))
+        value = load(context + n * D + d, d < D)
         tl.store(grad_pre + A + d, grad * value * (1 - beta), d < D)
-        cell_values = tl.load(grid + b * G * D + g[:, None] * D + d, (g[:, None] < G) & (d < D), 0).to(tl.float32)
+        cell_values = load(grid + b * G * D + g[:, None] * D + d, (g[:, None] < G) & (d < D))
         on_cells += cell_values * (grad * beta)
     tl.store(grad_cells + n * G + g, tl.sum(on_cells, axis=1), g < G)
     tl.debug_barrier()
@@ -340,39 +424,42 @@ def attend_gradient(grad_context, grad_alpha, pre, grid, pool, keys, energy_weig
     by_pool = tl.zeros([PP, PART_G], tl.float32)
     for start in range(0, G, PART_G):
         k = start + tl.arange(0, PART_G)
-        part = tl.load(grad_cells + n * G + k, k < G, 0)
-        by_pool += tl.load(pool + p[:, None] * G + k, (p[:, None] < P) & (k < G), 0) * part
-    grad = tl.load(grad_alpha + n * P + p, p < P, 0) + tl.sum(by_pool, axis=1)
-    weights = tl.load(alpha + n * P + p, p < P, 0)
+        part = load(grad_cells + n * G + k, k < G)
+        by_pool += load(pool + p[:, None] * G + k, (p[:, None] < P) & (k < G)) * part
+    grad = load(grad_alpha + n * P + p, p < P) + tl.sum(by_pool, axis=1)
+    weights = load(alpha + n * P + p, p < P)
     grad = weights * (grad - tl.sum(weights * grad, axis=0))
     tl.store(grad_energy + n * P + p, grad, p < P)
     for start in range(0, A, PART_A):
         a = start + tl.arange(0, PART_A)
-        query = tl.load(pre + a, a < A, 0).to(tl.float32)
-        weight = tl.load(energy_weight + a, a < A, 0)
-        key = tl.load(keys + b * P * A + p[:, None] * A + a, (p[:, None] < P) & (a < A), 0).to(tl.float32)
+        query = load(pre + a, a < A)
+        weight = load(energy_weight + a, a < A)
+        key = load(keys + b * P * A + p[:, None] * A + a, (p[:, None] < P) & (a < A))
         on_query = tl.sum(tl.where(key + query > 0, grad[:, None], 0), axis=0)
         tl.store(grad_pre + a, on_query * weight, a < A)
 
 
 @triton.jit
-def keys_gradient(grad_energy, pre, keys, energy_weight, lengths, grad_keys, grad_energy_weight, N, K: tl.constexpr,
-                  A: tl.constexpr, W: tl.constexpr, P: tl.constexpr, KEYS: tl.constexpr):
-    """One program per picture and tile of KEYS x KEYS keys: sums over the steps of the picture's captions."""
+def keys_gradient(grad_energy, pre, keys, energy_weight, lengths, grad_keys, grad_energy_weight, N,
+                  K: tl.constexpr, A: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+                  KEYS: tl.constexpr):
+    """One program per picture and KEYS x KEYS keys: sums over the steps of its captions."""
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p, a = part * KEYS + tl.arange(0, KEYS), tl.program_id(2) * KEYS + tl.arange(0, KEYS)
     inside = (p[:, None] < P) & (a < A)
-    key = tl.load(keys + b * P * A + p[:, None] * A + a, inside, 0).to(tl.float32)
+    key = load(keys + b * P * A + p[:, None] * A + a, inside)
     on_keys, on_weight = tl.zeros([KEYS, KEYS], tl.float32), tl.zeros([KEYS, KEYS], tl.float32)
     for k in range(K):
         for t in range(tl.load(lengths + b * K + k)):
             row = b * K + k + t * N
-            grad = tl.load(grad_energy + row * P + p, p < P, 0)[:, None]
-            total = key + tl.load(pre + row * W + a, a < A, 0).to(tl.float32)
+            grad = load(grad_energy + row * P + p, p < P)[:, None]
+            total = key + load(pre + row * W + a, a < A)
             on_keys += tl.where(total > 0, grad, 0)
             on_weight += grad * tl.maximum(total, 0)
-    tl.store(grad_keys + b * P * A + p[:, None] * A + a, on_keys * tl.load(energy_weight + a, a < A, 0), inside)
-    tl.store(grad_energy_weight + (b * tl.num_programs(1) + part) * A + a, tl.sum(on_weight, axis=0), a < A)
+    on_keys *= load(energy_weight + a, a < A)
+    tl.store(grad_keys + b * P * A + p[:, None] * A + a, on_keys, inside)
+    of_part = grad_energy_weight + (b * tl.num_programs(1) + part) * A
+    tl.store(of_part + a, tl.sum(on_weight, axis=0), a < A)
 
 
 @triton.jit
@@ -381,7 +468,8 @@ def tanh(x):
 
 
 @triton.jit(do_not_specialize=("t",))
-def cell(pre, word_gates, c_before, lengths, t, gates, h, c, SKIPPED: tl.constexpr, H: tl.constexpr, HH: tl.constexpr):
+def cell(pre, word_gates, c_before, lengths, t, gates, h, c,
+         SKIPPED: tl.constexpr, H: tl.constexpr, HH: tl.constexpr):
     """One program per caption: Eq. 1-3. HH: a power of two that holds H."""
     n, unit = tl.program_id(0).to(tl.int64), tl.arange(0, HH)
     inside = unit < H
@@ -389,12 +477,11 @@ def cell(pre, word_gates, c_before, lengths, t, gates, h, c, SKIPPED: tl.constex
     pre += n * (SKIPPED + 4 * H) + SKIPPED + unit
     word_gates += n * 4 * H + unit
     gates += n * 4 * H + unit
-    i = tl.sigmoid(tl.load(pre, inside, 0).to(tl.float32) + tl.load(word_gates, inside, 0).to(tl.float32))
-    f = tl.sigmoid(tl.load(pre + H, inside, 0).to(tl.float32) + tl.load(word_gates + H, inside, 0).to(tl.float32))
-    g = tanh(tl.load(pre + 2 * H, inside, 0).to(tl.float32) + tl.load(word_gates + 2 * H, inside, 0).to(tl.float32))
-    o = tl.sigmoid(tl.load(pre + 3 * H, inside, 0).to(tl.float32)
-                   + tl.load(word_gates + 3 * H, inside, 0).to(tl.float32))  # Eq. 1
-    state = f * tl.load(c_before + n * H + unit, inside, 0) + i * g  # Eq. 2
+    i = tl.sigmoid(load(pre, inside) + load(word_gates, inside))  # Eq. 1
+    f = tl.sigmoid(load(pre + H, inside) + load(word_gates + H, inside))
+    g = tanh(load(pre + 2 * H, inside) + load(word_gates + 2 * H, inside))
+    o = tl.sigmoid(load(pre + 3 * H, inside) + load(word_gates + 3 * H, inside))
+    state = f * load(c_before + n * H + unit, inside) + i * g  # Eq. 2
     tl.store(gates, i, inside)
     tl.store(gates + H, f, inside)
     tl.store(gates + 2 * H, g, inside)
@@ -404,20 +491,21 @@ def cell(pre, word_gates, c_before, lengths, t, gates, h, c, SKIPPED: tl.constex
 
 
 @triton.jit(do_not_specialize=("t",))
-def cell_gradient(grad_h, later_h, later_c, gates, c, c_before, lengths, t, grad_pre, SKIPPED: tl.constexpr,
-                  H: tl.constexpr, HH: tl.constexpr):
-    """One program per caption: the gradient of h -> that of the gates before their nonlinearity, and later_c."""
+def cell_gradient(grad_h, later_h, later_c, gates, c, c_before, lengths, t, grad_pre,
+                  SKIPPED: tl.constexpr, H: tl.constexpr, HH: tl.constexpr):
+    """One program per caption: the gradient of h -> those of the gates' input, and later_c."""
     n, unit = tl.program_id(0).to(tl.int64), tl.arange(0, HH)
-    place, inside = n * H + unit, (unit < H) & (tl.load(lengths + n) > t)  # where a caption has ended all is 0
+    place = n * H + unit
+    inside = (unit < H) & (tl.load(lengths + n) > t)  # where a caption has ended all is 0
     gates += n * 4 * H + unit
     grad_pre += n * (SKIPPED + 4 * H) + SKIPPED + unit
-    i, f = tl.load(gates, inside, 0), tl.load(gates + H, inside, 0)
-    g, o = tl.load(gates + 2 * H, inside, 0), tl.load(gates + 3 * H, inside, 0)
-    state = tanh(tl.load(c + place, inside, 0))
-    grad = tl.load(grad_h + place, inside, 0).to(tl.float32) + tl.load(later_h + place, inside, 0).to(tl.float32)
-    grad_c = tl.load(later_c + place, inside, 0) + grad * o * (1 - state * state)
+    i, f = load(gates, inside), load(gates + H, inside)
+    g, o = load(gates + 2 * H, inside), load(gates + 3 * H, inside)
+    state = tanh(load(c + place, inside))
+    grad = load(grad_h + place, inside) + load(later_h + place, inside)
+    grad_c = load(later_c + place, inside) + grad * o * (1 - state * state)
     tl.store(grad_pre, grad_c * g * i * (1 - i), unit < H)
-    tl.store(grad_pre + H, grad_c * tl.load(c_before + place, inside, 0) * f * (1 - f), unit < H)
+    tl.store(grad_pre + H, grad_c * load(c_before + place, inside) * f * (1 - f), unit < H)
     tl.store(grad_pre + 2 * H, grad_c * i * (1 - g * g), unit < H)
     tl.store(grad_pre + 3 * H, grad * state * o * (1 - o), unit < H)
     tl.store(later_c + place, grad_c * f, unit < H)

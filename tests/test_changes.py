@@ -1,4 +1,4 @@
-"""Every diff of docs/changing.md applies, takes effect, and says on the screen what the page says."""
+"""Every diff of docs/changing.md applies, takes effect, and says what the page says."""
 import importlib
 import json
 import math
@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from utils import precision
 pytestmark = pytest.mark.paper  # the diffs are of the unedited file
 PAGE = (ROOT / "docs" / "changing.md").read_text(encoding="utf-8")
 CHANGES = "dot product", "heads", "backbone", "entropy"  # in the page's order
+PICTURE = "images/sample/image_0.jpg"
 
 
 def blocks(kind, page=PAGE):
@@ -32,21 +34,23 @@ LINES = dict(zip(CHANGES, map(str.rstrip, blocks("text")), strict=True))  # what
 
 @pytest.fixture
 def edited(tmp_path, monkeypatch):
-    """A function that applies a diff to a copy of the code, where the test continues. Returns: Path of it."""
+    """A function that applies a diff to a copy of the code, where the test continues."""
     own = {"fast", "data", *(path.stem for path in ROOT.glob("*.py"))}
 
     def forget():
-        """Let the next import of this repo's modules read their files again. Returns: dict of what was imported."""
-        return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in own}
+        """Let the next import of this repo's modules read their files again."""
+        names = [name for name in sys.modules if name.partition(".")[0] in own]
+        return {name: sys.modules.pop(name) for name in names}
 
     def apply(change):
         tree = tmp_path / "tree"
-        command = ["git", "ls-files", "*.py", "images/template.html", "images/sample/image_0.jpg"]
+        command = ["git", "ls-files", "*.py", "images/template.html", PICTURE]
         for name in subprocess.check_output(command, cwd=ROOT, text=True).split():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
-        subprocess.run(["git", "apply"], cwd=tree, input=DIFFS[change], encoding="utf-8", check=True,
-                       env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)})
+        env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+        subprocess.run(["git", "apply"], cwd=tree, input=DIFFS[change], encoding="utf-8", env=env,
+                       check=True)
         monkeypatch.syspath_prepend(tree)
         monkeypatch.chdir(tree)
         return tree
@@ -58,15 +62,17 @@ def edited(tmp_path, monkeypatch):
 
 
 def training(*flags):
-    """Train in the current folder. Returns: str, the line of fast/; dict, the checkpoint; list of dict, log.jsonl."""
+    """Train in the current folder. Returns the line of fast/, the checkpoint, log.jsonl."""
+    train = importlib.import_module("train")
     with mock.patch("runlog.draw_attention", lambda *_: Figure()):  # most of the time
-        out = call(importlib.import_module("train").main, *flags, "--model_dir", "m", "--log_dir", "l").out
+        out = call(train.main, *flags, "--model_dir", "m", "--log_dir", "l").out
     line = next(line for line in out.splitlines() if line.startswith("encoder: "))
     checkpoint = torch.load("m/checkpoint.pth.tar", weights_only=True)
-    folder = os.path.join("l", checkpoint["progress"]["run"])
-    with open(os.path.join(folder, "config.json")) as settings, open(os.path.join(folder, "log.jsonl")) as log:
-        assert "; ".join(f"{half}: {how}" for half, how in json.load(settings)["fast"].items()) == line
-        return line, checkpoint, [json.loads(line) for line in log]
+    folder = Path("l") / checkpoint["progress"]["run"]
+    report = json.loads((folder / "config.json").read_text())["fast"]
+    assert "; ".join(f"{half}: {how}" for half, how in report.items()) == line
+    log = (folder / "log.jsonl").read_text().splitlines()
+    return line, checkpoint, [json.loads(line) for line in log]
 
 
 TUNED = "--fine_tune_encoder", "true", "--epochs"  # as in the sample set's preset
@@ -95,8 +101,8 @@ def test_another_attention(change, edited, unedited, tiny_flags):
     edited(change)
     line, checkpoint, log = training(*tiny_flags, *TUNED, 1)
     assert line == LINES[change]
-    assert unedited[0]["decoder"].keys() - checkpoint["decoder"].keys() == {"attention.full_att.weight",
-                                                                          "attention.full_att.bias"}
+    gone = unedited[0]["decoder"].keys() - checkpoint["decoder"].keys()
+    assert gone == {"attention.full_att.weight", "attention.full_att.bias"}
     assert log[0]["train"]["cross_entropy"] != unedited[1]["cross_entropy"]
     for picture in checkpoint["progress"]["entry"]["pictures"]:
         alphas = picture["alphas"]
@@ -104,8 +110,8 @@ def test_another_attention(change, edited, unedited, tiny_flags):
         assert torch.allclose(alphas.sum(dim=(1, 2)), torch.ones(len(alphas)))
 
     torch.save(unedited[0], "older.pth.tar")
-    done = call(importlib.import_module("demo").main, "--checkpoint", "older.pth.tar", "--image",
-                "images/sample/image_0.jpg", check=2)
+    demo = importlib.import_module("demo")
+    done = call(demo.main, "--checkpoint", "older.pth.tar", "--image", PICTURE, check=2)
     message = "are of another architecture than its settings"
     assert message in done.err and message in PAGE
 
@@ -126,8 +132,9 @@ def test_another_backbone(edited, tiny_flags):
     trained = [all(p.requires_grad for p in stage.parameters()) for stage in encoder.resnet]
     assert trained == [False, False, True, True, True]
     assert encoder.offset == 0, "padded on both sides alike"
-    out = call(importlib.import_module("demo").main, "--checkpoint", "m/BEST_checkpoint.pth.tar", "--image",
-               "images/sample/image_0.jpg", "--out", "drawn", "--html", "drawn/index.html").out
+    demo = importlib.import_module("demo")
+    out = call(demo.main, "--checkpoint", "m/BEST_checkpoint.pth.tar", "--image", PICTURE,
+               "--out", "drawn", "--html", "drawn/index.html").out
     assert LINES["backbone"] in out.splitlines() and (tree / "drawn" / "out_0.jpg").exists()
 
 
@@ -140,5 +147,7 @@ def test_another_term_of_the_loss(wanted, epochs, edited, unedited, tiny_flags):
     assert line == LINES["entropy"]
     for found in (found[group] for found in log for group in ("train", "valid")):
         assert 0 < found["entropy"] <= math.log(16) + 1e-4
-        assert found["loss"] == pytest.approx(found["cross_entropy"] + found["coverage"] + 0.01 * found["entropy"])
-    assert len({line["train"]["entropy"] for line in log}) == epochs and "entropy" not in unedited[1]
+        loss = found["cross_entropy"] + found["coverage"] + 0.01 * found["entropy"]
+        assert found["loss"] == pytest.approx(loss)
+    assert len({line["train"]["entropy"] for line in log}) == epochs
+    assert "entropy" not in unedited[1]

@@ -51,11 +51,11 @@ def folder(tiny, tmp_path):
     return tmp_path / "data"
 
 
-def keep(folder, encoder, split="train", image_size=64, **processes):
+def keep(folder, encoder, split="train", image_size=64):
     """What train.py does with a split. Returns: CaptionDataset, KeptFeatures, how many pictures were encoded for it."""
     config = get_config(flags=dict(data_dir=str(folder), image_size=image_size, encoder="resnet18", batch_size=4))
     dataset, before = CaptionDataset(config, split, load_word_map(folder)), getattr(encoder, "pictures", 0)
-    kept = keep_features(dataset, encoder, encoder, config, **processes)
+    kept = keep_features(dataset, encoder, encoder, config)
     return dataset, kept, getattr(encoder, "pictures", 0) - before - 1  # the first one is always looked at
 
 
@@ -321,7 +321,7 @@ def test_two_runs_do_not_write_one_file(folder):
 def test_two_processes_make_the_features_of_one(folder):
     def process(rank):
         dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-        dataset, _, encoded = keep(folder, encoder, rank=rank, world_size=2)
+        dataset, _, encoded = keep(folder, encoder)
         assert encoded == (8, 4)[rank] and is_the_encoders(dataset.features, encoder, folder)
 
     encoder, child = Small(), os.fork()
