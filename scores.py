@@ -167,14 +167,16 @@ def cider(hypotheses: list[Words], references: References) -> Tensor:
     """CIDEr-D of each caption, (pictures,); every picture must have a reference."""
     ids = collections.defaultdict(itertools.count(1).__next__)
     counts = torch.tensor([len(captions) for captions in references])
-    padded = []
-    for captions in references:
-        padded += captions + [[]] * (int(counts.max()) - len(captions))
-    human = numbered(padded, ids).unflatten(0, (len(references), -1))
+    most = int(counts.max())
+    padded = [words for captions in references
+              for words in captions + [[]] * (most - len(captions))]
+    human = numbered(padded, ids).unflatten(0, (-1, most))
     generated = numbered(hypotheses, ids).unsqueeze(1)
     cider_d = CiderD(human, len(ids) + 1)
-    batches = zip(generated.split(500), human.split(500), counts.split(500))
-    return torch.cat([cider_d(trimmed(x), trimmed(y), n) for x, y, n in batches]).squeeze(1)
+    found = []
+    for candidates, captions, n in zip(generated.split(500), human.split(500), counts.split(500)):
+        found.append(cider_d(trimmed(candidates), trimmed(captions), n))
+    return torch.cat(found).squeeze(1)
 
 
 def numbered(captions: list[Words], ids: dict[str, int]) -> Tensor:
@@ -230,10 +232,11 @@ def meteor(hypotheses: list[Words], references: References) -> dict[str, float]:
     # It wants an equal number of references. As the best match counts, they may be repeated.
     most = max(map(len, human.values()))
     human_lines = itertools.chain(*((captions * most)[:most] for captions in human.values()))
+    generated_lines = itertools.chain(*generated.values())
     try:
         with tempfile.TemporaryDirectory() as folder:
             paths = [Path(folder, "generated"), Path(folder, "human")]
-            for path, lines in zip(paths, (itertools.chain(*generated.values()), human_lines)):
+            for path, lines in zip(paths, (generated_lines, human_lines)):
                 path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             printed = run_java("-Xmx2G", "-jar", jar, *paths,
                                "-l", "en", "-norm", "-q", "-r", most).strip()

@@ -78,14 +78,12 @@ def test_the_seed_decides_every_byte(drawn, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    "--size 31", "--train -1", "--seed -1", "--valid few", "--tra 5", "--test", "--out file",
-    "--out file/below"])
+    "--size 31", "--train -1", "--valid few", "--tra 5", "--test", "--out file"])
 def test_bad_arguments_end_in_one_line(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    flag, *value = flags.split()
-    line = error_line(call(sample.main, flag, *value, check=2).err)
-    assert flag in line or "file" in line
+    line = error_line(call(sample.main, *flags.split(), check=2).err)
+    assert flags.split()[0] in line or "file" in line
     assert files_under(tmp_path) == {"file": b""}
 
 
@@ -211,10 +209,3 @@ def test_a_colour_is_told_of_the_thing_beside_it(caption, colours):
     found = coloured_things(words, SCENE)
     assert [place for place, _ in found] == colours
     assert [box for _, box in found] == [box for _, box in named_things(words, SCENE)][:len(found)]
-
-
-def test_chance_is_what_random_peaks_hit():
-    rng = np.random.default_rng(0)
-    drawn = [attention_peak_hits(WORDS, rng.random((6, 8, 8)), POSITIONS, SCENE)
-             for _ in range(2000)]
-    assert np.mean([hits for hits, _, _ in drawn]) == pytest.approx(drawn[0][2], abs=0.05)

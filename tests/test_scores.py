@@ -59,8 +59,7 @@ def test_without_references_there_is_nothing_to_score(capsys):
     ("import time; time.sleep(60)", "timed out after 0.3 s"),
     ("import sys; sys.exit('line one\\nno such machine')", "exit code 1 (no such machine)"),
     ("print('0.5 is\\nmy\\nscore')", "java"),
-    ("import os; os.kill(os.getpid(), 9)", "exit code -9"),
-], ids=["none", "hangs", "fails", "babbles", "is killed"])
+], ids=["none", "hangs", "fails", "babbles"])
 def test_a_broken_java_costs_meteor_only(code, reason, tmp_path, monkeypatch, capsys):
     if code:
         java = tmp_path / "java"
@@ -82,7 +81,6 @@ def test_a_broken_java_costs_meteor_only(code, reason, tmp_path, monkeypatch, ca
 def test_tokenization_of_the_official_evaluator():
     """The expected words are those of pycocoevalcap 1.2's PTBTokenizer, given jieba's."""
     expected = {
-        "一个穿着红色衣服的人。": "一个 穿着 红色 衣服 的 人",
         "你好，世界！真的吗？": "你好 ， 世界 ！ 真的 吗 ？",
         "(一个人)[两个]{三个}": "-lrb- 一个 人 -rrb- -lsb- 两个 -rsb- -lcb- 三个 -rcb-",
         "（一个人）【二】《书》「引」": "（ 一个 人 ） 二 书 引",
@@ -187,23 +185,6 @@ def test_the_official_scores_of_anyones_captions(scored, monkeypatch):
     assert "PTB" in done.out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda captions, references: captions.pop(), "1 missing pictures, such as b"),
-    (lambda captions, references: captions.append(captions[0]), "1 repeated pictures, such as c"),
-    (lambda captions, references: captions.append(dict(image_id="e", caption="人")),
-     "1 unknown pictures, such as e"),
-    (lambda captions, references: captions.append("人"), "is not a list of image_id and caption"),
-    (lambda captions, references: references.pop("images"),
-     "has no references as AI Challenger, COCO or eval.py"),
-    (lambda captions, references: references["annotations"].clear(),
-     "references.json has no references"),
-])
-def test_what_cannot_be_scored_is_refused(change, message, refused):
-    captions, references = list(SUBMISSION), written_by("coco")[1]
-    change(captions, references)
-    refused(captions, references, message)
-
-
 @pytest.mark.parametrize("image_ids, references", [
     (["a", "b", "c"], listed(["a.webp", "b.TIF", "c.bmp"])),
     (["a.jpg", "b.bmp", "c.v2"], listed(["a", "b", "c.v2"])),
@@ -221,17 +202,27 @@ def test_a_caption_is_scored_against_its_own_picture(image_ids, references, scor
     assert "BLEU-4 1.0000" in scored(captions[::-1], references).out
 
 
-@pytest.mark.parametrize("image_ids, file_names, message", [
-    (["0", "3"], ["1.jpg", "2.jpg", "3.jpg"], "by file name and others by COCO's id"),
-    ([0, "b.jpg"], ["a.jpg", "b.jpg"], "by file name and others by COCO's id"),
-    ([1, "0"], ["1.jpg", "0.jpg"], "by file name and others by COCO's id"),
-    (["cat"], ["cat.jpg", "cat.png"], "missing pictures"),
-    (["a.jpg", "a.png"], ["a.jpg", "b.jpg"], "missing pictures"),
-    (["a", "a.jpg"], ["a.jpg"], "1 repeated pictures, such as a.jpg"),
+COCO = coco_named("1.jpg", "2.jpg", "3.jpg")
+
+
+@pytest.mark.parametrize("image_ids, references, message", [
+    (["1", "2"], COCO, "1 missing pictures, such as 3.jpg"),
+    (["1", "2", "3", "1.jpg"], COCO, "1 repeated pictures, such as 1.jpg"),
+    (["1", "2", "3", "4"], COCO, "1 unknown pictures, such as 4"),
+    (["0", "3"], COCO, "by file name and others by COCO's id"),
+    ([0, "2.jpg"], COCO, "by file name and others by COCO's id"),
+    ([1, "0"], coco_named("1.jpg", "0.jpg"), "by file name and others by COCO's id"),
+    (["cat"], coco_named("cat.jpg", "cat.png"), "missing pictures"),
+    (["a.jpg", "a.png"], coco_named("a.jpg", "b.jpg"), "missing pictures"),
+    (["1"], dict(COCO, images=[]), "has no references as AI Challenger, COCO or eval.py"),
+    (["1"], dict(COCO, annotations=[]), "references.json has no references"),
 ])
-def test_a_picture_is_never_taken_for_another(image_ids, file_names, message, refused):
-    captions = [dict(image_id=image_id, caption="人") for image_id in image_ids]
-    refused(captions, coco_named(*file_names), message)
+def test_a_picture_is_never_taken_for_another(image_ids, references, message, refused):
+    refused([dict(image_id=image_id, caption="人") for image_id in image_ids], references, message)
+
+
+def test_captions_that_are_no_list_of_captions_are_refused(refused):
+    refused([dict(image_id="1", caption="人"), "人"], COCO, "is not a list of image_id and caption")
 
 
 @pytest.mark.parametrize("nothing", [" ", "\u200b", "\ud83d", "\ufeff\t"], ids=ascii)
@@ -318,15 +309,6 @@ def test_captions_that_collapse_are_noticed(captions, are_noticed):
     assert len(warnings) == are_noticed
     said = f"same caption: {numbers['distinct_captions']} distinct captions of {len(captions)}"
     assert all(said in warning for warning in warnings)
-
-
-@pytest.mark.parametrize("alphas, warnings", [
-    ([peak(3, 3)] * 3, ["attention hardly moves"]),
-    ([peak(3, i, 0.02) for i in range(3)],
-     ["attention hardly moves", "attention is nearly uniform"]),
-])
-def test_attention_that_hardly_moves_or_is_uniform_is_noticed(alphas, warnings):
-    assert [text.split(":")[0] for text in diagnosis(DIFFERENT, alphas)[1]] == warnings
 
 
 def test_numbers_of_the_diagnosis():
