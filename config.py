@@ -126,7 +126,7 @@ PRESETS = {
         image_size=260, encoder="tf_efficientnet_lite2", encoded_image_size=9, emb_dim=256,
         attention_dim=256, decoder_dim=384, cache_features=True, min_word_freq=1, alpha_c=0.0,
         ema_decay=0.99, batch_size=15, epochs=20, lr_decay=0.7, lr_decay_epochs=2,
-        early_stop_epochs=6),
+        early_stop_epochs=6, length_penalty=1.0),
     # 6,000 photographs are overfitted soon: the rates fall and the run ends earlier. The default
     # min_word_freq keeps 2,109 words; 3.6 % of the words of the validation captions are others.
     "flickr8k_cn": dict(

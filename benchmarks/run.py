@@ -53,10 +53,9 @@ from fast.features import KeptFeatures  # noqa: E402
 from models import DecoderWithAttention, Encoder  # noqa: E402
 from scores import score  # noqa: E402
 from self_critical import SelfCritical, draws_of_step  # noqa: E402
-from state import (  # noqa: E402
-    Meter, Progress, Start, State, make_optimizers, mean_loss, parameters)
+from state import Start, State, mean_loss  # noqa: E402
 from utils import (  # noqa: E402
-    UserError, autocast, get_device, keep_freed_memory, precision, run_script)
+    UserError, autocast, get_device, keep_freed_memory, run_script)
 
 CONFIG = Config(encoder_weights="none", dropout=0.0)  # dropout draws other numbers on each side
 K = CONFIG.captions_per_image
@@ -109,8 +108,7 @@ def make_models(side: str, config: Config, vocab_size: int, device: torch.device
                 talkative: bool = False) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Encoder and decoder in eval mode, with the same weights on both sides.
 
-    The product's are as written; prepare and fast.choose take them from there. A talkative decoder
-    generates captions of about twelve words.
+    The product's are as written. A talkative decoder generates captions of about twelve words.
     """
     torch.manual_seed(0)
     encoder = Encoder(config.encoder, "none")
@@ -131,6 +129,17 @@ def make_models(side: str, config: Config, vocab_size: int, device: torch.device
         naive_decoder.load_state_dict(decoder.state_dict())
         encoder, decoder = naive_encoder, naive_decoder
     return encoder.to(device).eval(), decoder.to(device).eval()
+
+
+def make_state(config: Config, vocab_size: int, device: torch.device,
+               talkative: bool = False) -> State:
+    """A run of train.py that begins with the models of make_models."""
+    start = Start(config, {}, Path("checkpoint.pth.tar"))
+    state = State(start, make_word_map(vocab_size), 0, device)
+    encoder, decoder = make_models("product", config, vocab_size, device, talkative)
+    state.encoder.load_state_dict(encoder.state_dict())
+    state.decoder.load_state_dict(decoder.state_dict())
+    return state
 
 
 def make_talkative(decoder: DecoderWithAttention, word_map: dict[str, int]) -> None:
@@ -188,75 +197,49 @@ class Case(NamedTuple):
     steps: int = 1  # iterations per timing
 
 
-def train_case(side: str, device: torch.device, start: str = "features", dtype: str = "float32",
+def train_case(side: str, device: torch.device, start: str = "features", precision: str = "float32",
                as_written: bool = False, sizes: Sizes | None = None) -> Case:
     """A training step, with clipping and Adam.
 
     Args:
         start: features, pixels (through the frozen encoder), or kept (pixels, but the product has
             their features).
-        dtype, as_written: of the product.
+        precision, as_written: of the product.
     """
-    config = replace(CONFIG, precision=dtype, fast=not as_written)
+    config = replace(CONFIG, precision=precision, fast=not as_written)
     sizes = sizes or SIZES[device.type]
-    images = make_images(sizes.pictures).to(device) if start != "features" else None
-    features = make_features(sizes.pictures, device) if start == "features" else None
     captions, lengths = make_captions(sizes)
     captions = captions.to(device)
-    encoder, decoder = make_models(side, config, sizes.vocab_size, device)
-    if side == "reference":
-        optimizers = {"decoder": torch.optim.Adam(decoder.parameters(), lr=config.decoder_lr)}
-        captions = captions.flatten(0, 1)
-        lengths = lengths.flatten().to(device)
-
-        def loss_of_batch():
-            if features is not None:
-                grid = pool(features.float()).repeat_interleave(K, 0)
-            else:  # as many pictures at a time as the product takes
-                parts = images.repeat_interleave(K, 0).split(sizes.pictures)
-                grid = torch.cat([encoder(part) for part in parts])
-            scores, alphas = decoder(grid, captions, lengths)
-            return reference.caption_loss(scores, alphas, captions, lengths, config.alpha_c)
+    if start == "features":
+        given = make_features(sizes.pictures, device)
     else:
-        optimizers = make_optimizers(config, encoder, decoder)
-        models = fast.choose(encoder, decoder, config, precision(config, device))
+        given = make_images(sizes.pictures).to(device)
+
+    if side == "product":
+        state = make_state(config, sizes.vocab_size, device)
+        models = train.prepare(state, None, None)
         if start == "kept":
-            features = models.encoder(images).half()
-        if features is not None:
+            given = models.encoder(given).half()
+        if start != "pixels":
             models = models._replace(training_encoder=KeptFeatures(None))
+        models.training_decoder.train()
+        objective = partial(train.cross_entropy, config)
+        return product_step(state, models, objective, (given, captions, lengths))
 
-        def loss_of_batch():
-            given = images if features is None else features
-            with autocast(config, device):
-                terms, counts = train.cross_entropy(config, models, given, captions, lengths, 0)
-            return mean_loss(terms, counts)
+    encoder, decoder = make_models(side, config, sizes.vocab_size, device)
+    captions = captions.flatten(0, 1)
+    lengths = lengths.flatten().to(device)
 
-        models.decoder.train()
-    decoder.train()
-    return training_step(loss_of_batch, decoder, optimizers, config.grad_clip, device)
+    def loss_of_batch():
+        if start == "features":
+            grid = pool(given.float()).repeat_interleave(K, 0)
+        else:  # as many pictures at a time as the product takes
+            parts = given.repeat_interleave(K, 0).split(sizes.pictures)
+            grid = torch.cat([encoder(part) for part in parts])
+        scores, alphas = decoder(grid, captions, lengths)
+        return reference.caption_loss(scores, alphas, captions, lengths, config.alpha_c)
 
-
-def training_step(loss_of_batch: Callable[[], torch.Tensor], decoder: torch.nn.Module,
-                  optimizers: dict, clip: float, device: torch.device) -> Case:
-    """Backward, clipping by value, Adam. Both sides must agree on loss and gradient."""
-    result = {}
-
-    def step():
-        loss = loss_of_batch()
-        for optimizer in optimizers.values():
-            optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_value_(parameters(optimizers), clip)
-        for optimizer in optimizers.values():
-            optimizer.step()
-        result["loss"] = loss.detach()
-
-    def outcome():
-        gradients = [p.grad.flatten().float().cpu() for p in decoder.parameters()]
-        return dict(loss=result["loss"].item(), gradient=torch.cat(gradients).numpy())
-
-    # The CPU queues the next step while a GPU works.
-    return Case(step, outcome, steps=10 if device.type == "cuda" else 1)
+    return reference_step(loss_of_batch, decoder.train(), config.decoder_lr, config.grad_clip)
 
 
 def self_critical_case(side: str, device: torch.device) -> Case:
@@ -269,34 +252,73 @@ def self_critical_case(side: str, device: torch.device) -> Case:
     sizes = SIZES[device.type]
     word_map = make_word_map(sizes.vocab_size)
     captions, lengths = make_captions(sizes)
-    captions_there = captions.to(device)
     features = make_features(sizes.pictures, device)
-    encoder, decoder = make_models(side, config, sizes.vocab_size, device, talkative=True)
-    if side == "reference":
-        optimizers = {"decoder": torch.optim.Adam(decoder.parameters(), lr=config.self_critical_lr)}
-        draws = draws_of_step(config, 0).to(device)[:sizes.pictures]
 
-        def loss_of_batch():
-            grid = pool(features.float())
-            samples = []
-            for i, k in itertools.product(range(sizes.pictures), range(config.samples)):
-                draw = draws[i, k].tolist()
-                samples.append(reference.sample(decoder, grid[i:i + 1], draw, word_map))
-            rewards = reference.rewards(samples, captions[:, :, 1:].tolist())
-            return reference.self_critical_loss(decoder, grid, samples, rewards, word_map)
-    else:
-        optimizers = make_optimizers(config, encoder, decoder)
-        models = fast.choose(encoder, decoder, config, precision(config, device))
-        models = models._replace(training_encoder=KeptFeatures(None))
-        models.decoder.eval()
+    if side == "product":
+        state = make_state(config, sizes.vocab_size, device, talkative=True)
+        models = train.prepare(state, None, None)._replace(training_encoder=KeptFeatures(None))
+        models.training_decoder.eval()
         dataset = SimpleNamespace(captions=captions, caption_lengths=lengths)
         objective = SelfCritical(dataset, config, word_map, device)
+        return product_step(state, models, objective, (features, captions.to(device), lengths))
 
-        def loss_of_batch():
-            terms, counts = objective(models, features, captions_there, None, 0)
-            return mean_loss(terms, counts)
+    _, decoder = make_models(side, config, sizes.vocab_size, device, talkative=True)
+    draws = draws_of_step(config, 0).to(device)
 
-    return training_step(loss_of_batch, decoder, optimizers, config.self_critical_clip, device)
+    def loss_of_batch():
+        grid = pool(features.float())
+        samples = []
+        for i, k in itertools.product(range(sizes.pictures), range(config.samples)):
+            draw = draws[i, k].tolist()
+            samples.append(reference.sample(decoder, grid[i:i + 1], draw, word_map))
+        rewards = reference.rewards(samples, captions[:, :, 1:].tolist())
+        return reference.self_critical_loss(decoder, grid, samples, rewards, word_map)
+
+    return reference_step(loss_of_batch, decoder, config.self_critical_lr,
+                          config.self_critical_clip)
+
+
+def product_step(state: State, models: fast.Models, objective: Callable, batch: tuple) -> Case:
+    """A step as train_one_epoch takes it."""
+    def step():
+        with autocast(state.config, state.device):
+            terms, counts = objective(models, *batch, step=0)
+        loss = mean_loss(terms, counts)
+        state.update(loss, needs_norm=False)
+        return loss
+
+    return training_case(step, state.decoder)
+
+
+def reference_step(loss_of_batch: Callable[[], torch.Tensor], decoder: torch.nn.Module, rate: float,
+                   clip: float) -> Case:
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=rate)
+
+    def step():
+        loss = loss_of_batch()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_value_(decoder.parameters(), clip)
+        optimizer.step()
+        return loss
+
+    return training_case(step, decoder)
+
+
+def training_case(step: Callable[[], torch.Tensor], decoder: torch.nn.Module) -> Case:
+    """Both sides must agree on loss and clipped gradient."""
+    result = {}
+
+    def iteration():
+        result["loss"] = step().detach()
+
+    def outcome():
+        gradients = [p.grad.flatten().float().cpu() for p in decoder.parameters()]
+        return dict(loss=result["loss"].item(), gradient=torch.cat(gradients).numpy())
+
+    is_on_gpu = next(decoder.parameters()).is_cuda
+    # The CPU queues the next step while a GPU works.
+    return Case(iteration, outcome, steps=10 if is_on_gpu else 1)
 
 
 def eval_case(side: str, device: torch.device, start: str, beam_size: int = 5,
@@ -310,14 +332,14 @@ def eval_case(side: str, device: torch.device, start: str, beam_size: int = 5,
     images = make_images(pictures).to(device)
     features = make_features(pictures, device).float()
     if side == "product":
-        runs = fast.choose(encoder, decoder, CONFIG)
+        models = fast.choose(encoder, decoder, CONFIG)
 
     @torch.no_grad()
     def search_all():
         grid = features
         if start == "pixels":
-            grid = torch.cat([runs.encoder(part) for part in images.split(CONFIG.batch_size)])
-        found = beam_search(runs.decoder.eval(), grid, beam_size, CONFIG.max_len, word_map)
+            grid = torch.cat([models.encoder(part) for part in images.split(CONFIG.batch_size)])
+        found = beam_search(models.decoder.eval(), grid, beam_size, CONFIG.max_len, word_map)
         result[:] = [[word for word in words if word] for words in found.words[:, 0].tolist()]
 
     @torch.no_grad()
@@ -391,7 +413,7 @@ CASES = {
     "train": dict(train_decoder=train_case,
                   train_decoder_as_written=partial(train_case, as_written=True),
                   train_frozen_fp32=partial(train_case, start="pixels"),
-                  train_frozen_bf16=partial(train_case, start="pixels", dtype="bfloat16"),
+                  train_frozen_bf16=partial(train_case, start="pixels", precision="bfloat16"),
                   train_kept_features=partial(train_case, start="kept"),
                   train_self_critical=self_critical_case),
     "score": dict(score=score_case),
@@ -570,24 +592,21 @@ def epochs(device: torch.device, pictures: int, batch_size: int, workers: int) -
 def time_training(kind: str, dataset: CaptionDataset, config: Config,
                   device: torch.device) -> float:
     """Seconds of train_one_epoch."""
-    word_map = make_word_map(SIZES[device.type].vocab_size)
-    state = State(Start(config, {}, Path("checkpoint.pth.tar")), word_map, len(dataset), device)
+    state = make_state(config, SIZES[device.type].vocab_size, device)
     if config.fine_tune_encoder:
-        state.encoder.fine_tune("top")  # random weights would be trained whole
-        state.optimizers = make_optimizers(config, state.encoder, state.decoder)
+        state.encoder.fine_tune("top")
     models = train.prepare(state, None, None)
     if kind == "kept":
         models = models._replace(training_encoder=keep_random_features(dataset, device))
-    objective = partial(train.cross_entropy, config)
-    log = SimpleNamespace(reading=lambda *values: None)
     loader = make_loader(dataset, config, True)
+    log = SimpleNamespace(reading=lambda reading, step: None)
     warm_up = max(len(loader) - 20, 0)  # the last batches
     for first in (warm_up, 0):
-        state.progress = Progress({}, batch=first)
-        state.meter = Meter(state.progress, device)
+        state.progress.batch = first
         memory(device, reset=True)
         start = time.perf_counter()
-        train.train_one_epoch(state, models, objective, loader, log, lambda: None)
+        train.train_one_epoch(state, models, partial(train.cross_entropy, config), loader, log,
+                              pause=lambda: None)
         seconds = time.perf_counter() - start
     return seconds
 
@@ -600,23 +619,21 @@ def time_validation(kind: str, dataset: CaptionDataset, config: Config,
 
     Returns seconds, and those of them that the scores take.
     """
-    vocab_size = SIZES[device.type].vocab_size
-    word_map = make_word_map(vocab_size)
-    words = word_list(word_map)
-    models = make_models("product", config, vocab_size, device, talkative=True)
-    models = fast.choose(*models, config, precision(config, device))
+    state = make_state(config, SIZES[device.type].vocab_size, device, talkative=True)
+    models = train.prepare(state, None, None)
     if kind == "kept":
         models = models._replace(encoder=keep_random_features(dataset, device))
-    config = train.for_validation(config, device)
-    state = SimpleNamespace(config=config, device=device, word_map=word_map)
+    words = word_list(state.word_map)
     references = []
     for captions, lengths in zip(dataset.captions.tolist(), dataset.caption_lengths.tolist()):
-        references.append([decode_caption(ids[1:n - 1], words) for ids, n in zip(captions, lengths)])
+        human = [decode_caption(ids[1:n - 1], words) for ids, n in zip(captions, lengths)]
+        references.append(human)
+    config = train.for_validation(config, device)
     few = list(range(min(config.batch_size, len(dataset))))
     warm_up = [dataset[few]]
     for loader in (warm_up, make_loader(dataset, config, False)):
         start = time.perf_counter()
-        _, captions = train.validate(state, models, loader, lambda: None)
+        _, captions = train.validate(state, models, loader, pause=lambda: None)
         generated = time.perf_counter()
     score([caption["words"] for caption in captions], references)
     end = time.perf_counter()
@@ -714,8 +731,8 @@ def main() -> None:
         return epochs(device, args.pictures, args.batch_size, args.workers)
     if args.group == "scaling":
         return scaling(device, args.rounds, args.plot)
-    print("\n| case | reference, s | product, s | speed-up (range) | memory, product / reference |\n"
-          "|---|---|---|---|---|", flush=True)
+    print("\n| case | reference, s | product, s | speed-up (range) | "
+          "memory, product / reference |\n|---|---|---|---|---|", flush=True)
     rows = {}
     for group in CASES if args.group == "all" else [args.group]:
         for name, make in CASES[group].items():
