@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scr
 from config import CHECKPOINT_VERSION, Config, new_parser  # noqa: E402
 from datasets import check_word_map  # noqa: E402
 from models import build_models  # noqa: E402
-from utils import UserError, check_members, replacing, run_script  # noqa: E402
+from utils import UserError, replacing, run_script  # noqa: E402
 
 # torch.load(weights_only=True) rejects them: before 1.6 PyTorch stored a module's class with its
 # source. These are the names that such a pickle may use; none of them is ever looked up.
@@ -137,7 +137,6 @@ def unpickle_original(path):
     with open(path, "rb") as file:
         if zipfile.is_zipfile(file):
             archive = zipfile.ZipFile(file)
-            check_members(archive, path)
             folder, = (name.removesuffix("data.pkl") for name in archive.namelist()
                        if name.endswith("/data.pkl"))
             unpickler = OriginalUnpickler(archive.open(f"{folder}data.pkl"))
