@@ -436,9 +436,10 @@ def extract_archive(archive: Path, folder: Path):
         raise
     except OSError as error:
         raise UserError(f"{archive} could not be extracted into {folder} ({error})") from None
-    except RuntimeError as error:  # of a method that Python lacks, such as deflate64; a password
-        raise UserError(f"{archive} cannot be unpacked here ({error}): extract it into {folder}/ "
-                        f"with 7-Zip") from None
+    except RuntimeError as error:
+        raise UserError(f"{archive} is packed with a password, or with a method that cannot be "
+                        f"undone here, such as deflate64 ({error}): extract it into {folder}/ with "
+                        f"7-Zip") from None
     except Exception as error:  # zipfile, zlib, lzma and struct each raise their own on damage
         raise UserError(f"{archive} is damaged or not whole ({error}): get it again") from None
     finally:

@@ -214,9 +214,8 @@ def main():
         print(f"left out: {line}")
     for split, name in LISTS.items():
         if split not in splits:
-            print(f"{split}: no {args.source / name}")
-    if REQUIRED - splits.keys():
-        print("pre_process.py needs train and valid: put their lists there and call again")
+            way_out = "; pre_process.py needs train and valid: put it there and call again"
+            print(f"{split}: no {args.source / name}{way_out if split in REQUIRED else ''}")
     if written:
         print(f"Wrote {', '.join(written)} into {args.out}")
     else:
