@@ -18,7 +18,8 @@ from pre_process import SPLITS
 
 IDS = {"train": ["11_a", "22_b", "33_c", "44_d"], "valid": ["55_e", "66_f"],
        "test_a": ["77_g", "88_h"]}
-SENTENCES = ["一只小狗在海边。", "两只小狗在草地上玩耍。", "小狗在跑", "一条狗跳起来接球。", "狗和球。"]
+SENTENCES = ["一只小狗在海边。", "两只小狗在草地上玩耍。", "小狗在跑", "一条狗跳起来接球。",
+             "狗和球。"]
 
 
 def sentence(name, number):

@@ -15,8 +15,8 @@ import pre_process
 from data import own
 from pre_process import SPLITS
 
-PICTURES = ["1.jpg", "猫/1.jpg", "狗/1.JPG", "狗/二.png", "狗/大 狗/a,b.webp", "e.jpeg", "猫/Ex.jpg",
-            "狗/Ex.bmp"]
+PICTURES = ["1.jpg", "猫/1.jpg", "狗/1.JPG", "狗/二.png", "狗/大 狗/a,b.webp", "e.jpeg",
+            "猫/Ex.jpg", "狗/Ex.bmp"]
 SENTENCES = {name: [f"第{i}张图里有狗，“它”在跑{n}, 很快" for n in range(1 + i % 3)]
              for i, name in enumerate(PICTURES)}
 ROWS = [(name, text) for name, texts in SENTENCES.items() for text in texts]
@@ -81,7 +81,7 @@ TABLES = {
     "rows.tsv": "".join(f"{name}\t{text}\n" for name, text in ROWS),
     "gbk.csv": delimited(ROWS).encode("gbk"),
     "mark.csv": b"\xef\xbb\xbf" + delimited([("图片", "句子"), *ROWS]).encode(),
-    "paths.csv": delimited(("D:\\我的\\照片\\" + name.replace("/", "\\"), text) for name, text in ROWS),
+    "paths.csv": delimited(("D:\\照片\\" + name.replace("/", "\\"), text) for name, text in ROWS),
     "decomposed.csv": delimited(DECOMPOSED),
     "challenger.json": json.dumps(CHALLENGER),
     "objects.json": json.dumps([dict(编号=i, 文件=name, 句子=text)
