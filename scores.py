@@ -338,8 +338,9 @@ def attention_entropy(alphas: np.ndarray) -> np.ndarray:
 
 def diagnose(hypotheses: list[Words], courses: list[tuple[np.ndarray, np.ndarray]],
              word_map: dict[str, int]) -> tuple[dict[str, float], list[str]]:
-    """Whether captions differ from picture to picture, and attention (the attention_course of each)
-    from word to word: numbers, see docs/evaluation.md, and warnings.
+    """Whether captions differ from picture to picture, and attention from word to word.
+
+    Takes the pictures' attention_course; gives numbers, see docs/evaluation.md, and warnings.
     """
     n = len(hypotheses)
     counts = collections.Counter(map(tuple, hypotheses))
@@ -371,8 +372,9 @@ def diagnose(hypotheses: list[Words], courses: list[tuple[np.ndarray, np.ndarray
 
 def diagnose_words(hypotheses: list[Words], references: References,
                    seen: set[str] | None) -> dict[str, float]:
-    """What the words of generated captions have that people's have not; `seen` are the training
-    captions, normalised, without white space, where they are at hand.
+    """What the words of generated captions have that people's have not.
+
+    `seen`: the training captions, normalised, without white space; None where not at hand.
     """
     n = len(hypotheses)
     numbers = dict(
@@ -491,9 +493,10 @@ def find_pictures(image_ids: list[str | int], pictures: list[str],
                for name, short in zip(given, short_names(given))]
     by_id = [names_by_id.get(number) for number in given]
 
-    only_by_name = any(name and not other for name, other in zip(by_name, by_id))
-    only_by_id = any(name and not other for name, other in zip(by_id, by_name))
-    differ = any(name and other and name != other for name, other in zip(by_name, by_id))
+    both = list(zip(by_name, by_id))
+    only_by_name = any(one and not other for one, other in both)
+    only_by_id = any(other and not one for one, other in both)
+    differ = any(one and other and one != other for one, other in both)
     are_numbers = [isinstance(image_id, int) for image_id in image_ids]
     are_mixed = any(are_numbers) and not all(are_numbers)
     if only_by_name and only_by_id or differ and are_mixed:
