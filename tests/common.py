@@ -4,9 +4,11 @@ import contextlib
 import io
 import itertools
 import json
+import multiprocessing.forkserver
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,27 +17,35 @@ from unittest import mock
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import runlog
 import train
+import utils
+from checkpoint import BEST_CHECKPOINT as BEST
 from checkpoint import load_checkpoint
 from config import Config, get_config, parse_args
-from datasets import END, PAD, START, UNK, CaptionDataset, load_word_map, make_loader
+from datasets import END, PAD, START, STOPPING, UNK, CaptionDataset, load_word_map, make_loader
 from models import build_models, caption_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 Result = collections.namedtuple("Result", "code out err")
 
 
+# -------------------------------------------------------------------------------------------------
+# Scripts
+
+
 def call(main, *flags, check=0):
-    """Run a script's main() in this process, as run() ends it. Insists on this exit code, unless it is None."""
-    import utils  # today's: a test may have imported an edited copy of the code
+    """Run a script's main() in this process, as run() ends it. None: `check` no exit code."""
+    run = sys.modules["utils"].run  # a test may have imported an edited copy of the code
     out, err, code = io.StringIO(), io.StringIO(), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with mock.patch("sys.argv", ["script", *map(str, flags)]), contextlib.redirect_stdout(out), \
-            contextlib.redirect_stderr(err):
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    with mock.patch("sys.argv", ["script", *map(str, flags)]), \
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            utils.run_script(main)
+            run(main)
         except SystemExit as exit:
             code = exit.code
     for number, handler in handlers.items():
@@ -46,23 +56,86 @@ def call(main, *flags, check=0):
 
 
 def script(*args, check=None, cwd=ROOT, **keywords):
-    """Run a script of this repo as a user does; takes about four seconds, `call` does not.
+    """Run a script of this repo as a user does, which takes five seconds: mostly to import PyTorch.
 
-    Args:
-        args: the script's path within the repo, then its flags. check (int): the exit code to insist on.
-        cwd (Path). keywords: of subprocess.run.
-    Returns:
-        CompletedProcess: returncode, stdout and stderr (str).
+    `args` are its path within the repo and its flags, `keywords` those of subprocess.run.
     """
     command = [sys.executable, str(ROOT / args[0]), *map(str, args[1:])]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=300, **keywords)
-    if check is not None:
-        assert done.returncode == check, f"{command} gave {done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}"
+    done = subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=300,
+                          **keywords)
+    assert check in (done.returncode, None), f"{command}\n{done.stdout}\n{done.stderr[-4000:]}"
     return done
 
 
+class Forked:
+    """A script's main() in a process of its own, which is forked from one that has imported all
+    that it needs. `folder` is where it prints to."""
+
+    FORKS = multiprocessing.get_context("forkserver")
+
+    def __init__(self, main, flags, folder, variables):
+        self.FORKS.set_forkserver_preload(["common"])
+        paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+        with mock.patch.dict(os.environ, PYTHONPATH=paths):
+            multiprocessing.forkserver.ensure_running()
+        self.folder = folder
+        for name in ("out", "err"):
+            (folder / name).touch()
+        self.process = self.FORKS.Process(target=forked, args=(main, flags, folder, variables))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def wait_for(self, text, times=1):
+        while self.out().count(text) < times:
+            assert self.process.is_alive(), f"it ended before it said {text!r}: {self.err()}"
+            time.sleep(0.02)
+
+    def wait(self, timeout=100):
+        """The exit code; what a signal ended is negative."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "it does not end"
+        return self.process.exitcode
+
+    def out(self):
+        return (self.folder / "out").read_text()
+
+    def err(self):
+        return (self.folder / "err").read_text()
+
+    def kill(self):
+        """All that there still is of it."""
+        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+def forked(main, flags, folder, variables):
+    os.setsid()
+    os.chdir(ROOT)
+    runlog.draw_attention = lambda *_: Figure((1, 1))  # as the fixture small_figures does
+    os.environ.update(variables)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY), number)
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.argv, code = ["script", *map(str, flags)], 0
+    try:
+        utils.run(main)
+    except SystemExit as exit:
+        code = exit.code
+    sys.exit(code)  # here no frame of main() holds a DataLoader any more, whose workers would stay
+
+
+def processes(number):
+    """The environment variables of each of several processes, as torchrun would set them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number),
+                 MASTER_ADDR="localhost", MASTER_PORT=str(port)) for rank in range(number)]
+
+
 def error_line(stderr):
-    """The one line that a user's mistake comes to: the last one; fails where there is none, or a traceback."""
+    """The one line that a user's mistake comes to: the last one, and no traceback."""
     assert "Traceback" not in stderr, stderr[-4000:]
     lines = stderr.splitlines()
     assert lines and lines[-1].startswith("error: "), stderr[-4000:]
@@ -77,24 +150,24 @@ def fails(main, *flags, parts):
 
 
 def files_under(folder):
-    """Everything below a folder but locks, with its content. Returns: dict, relative path -> bytes, None for a folder.
-    """
+    """Everything below a folder but locks: relative path -> content, None for a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
             for path in sorted(Path(folder).rglob("*")) if path.suffix != ".lock"}
-
-
-def folders(folder):
-    return ["--model_dir", folder / "models", "--log_dir", folder / "logs"]
 
 
 # -------------------------------------------------------------------------------------------------
 # Runs
 
-
 KILLS = int(os.environ.get("KILLS", 2))
-# Six steps per epoch, two readings, dropout, all layers trained, and a checkpoint after every step.
-SETTINGS = dict(batch_size=2, epochs=2, print_freq=4, dropout=0.5, fine_tune_encoder="true", checkpoint_minutes=0,
+# Six steps per epoch, two readings, dropout, all layers of a small encoder trained, and a
+# checkpoint after every step.
+SETTINGS = dict(encoder="test_efficientnet", encoder_stride=16, batch_size=2, epochs=2,
+                print_freq=4, dropout=0.5, fine_tune_encoder="true", checkpoint_minutes=0,
                 early_stop_epochs=3, lr_decay_epochs=1, ema_decay=0.9)
+
+
+def folders(folder):
+    return ["--model_dir", folder / "models", "--log_dir", folder / "logs"]
 
 
 def flags(folder, **settings):
@@ -102,15 +175,8 @@ def flags(folder, **settings):
     return [*map(str, folders(folder)), *settings]
 
 
-def start(*args, torchrun=(), stderr=subprocess.DEVNULL):
-    command = [sys.executable, "-u", *(["-m", "torch.distributed.run", *torchrun] if torchrun else []),
-               str(ROOT / "train.py"), *args]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True,
-                            start_new_session=True)
-
-
 def stop_during(monkeypatch, step, number=signal.SIGTERM):
-    """Let the next run get a signal while it works on its batch of this number, validation's batches included."""
+    """Send the next run a signal during its batch of this number; validation's count too."""
     caption_loss, batches = train.caption_loss, itertools.count(1)
 
     def loss_and_signal(*args):
@@ -121,13 +187,15 @@ def stop_during(monkeypatch, step, number=signal.SIGTERM):
 
 
 def interrupt(process, rng, seconds, signals):
-    """Send a run one of these signals, so many seconds after its beginning at most. Returns: exit code, output."""
-    while "training and" not in (line := process.stdout.readline()):
-        assert line, "it ended before it began"
+    """Send a run one of these signals, so many seconds after its beginning at most.
+
+    Returns:
+        exit code, what it printed
+    """
+    process.wait_for("training and")
     time.sleep(rng.uniform(0, seconds))
-    process.send_signal(rng.choice(signals))
-    code = process.wait(timeout=60)
-    return code, process.communicate()[0]
+    os.kill(process.pid, rng.choice(signals))
+    return process.wait(), process.out()
 
 
 def last_checkpoint(folder):
@@ -135,39 +203,33 @@ def last_checkpoint(folder):
 
 
 def read_log(folder):
-    """The lines of log.jsonl, which must be proper JSON, without speeds; TensorBoard's scalars by tag, likewise."""
+    """What a run has logged, but for speeds.
+
+    Returns:
+        list of dict: log.jsonl, which must be proper JSON.
+        dict: tag of TensorBoard -> list of (step, scalar); of a picture's, (step, None).
+    """
     run, = (folder / "logs").iterdir()
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (run / "log.jsonl").open()]
     for line, part in itertools.product(lines, ("train", "valid")):
         assert line[part].pop("images_per_s") > 0
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    return lines, {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-                   if not tag.endswith("images_per_s")}
-
-
-def without_speed(values):
-    return {name: value for name, value in values.items() if name != "images_per_s"}
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0}).Reload()
+    series = {tag: [(event.step, event.value) for event in events.Scalars(tag)]
+              for tag in events.Tags()["scalars"] if not re.search("images_per_s|seconds_", tag)}
+    for tag in events.Tags()["images"]:
+        series[tag] = [(event.step, None) for event in events.Images(tag)]
+    return lines, series
 
 
 def outcome(folder):
-    """All that two runs must agree in. Returns: tensors by name, log lines, scalars by tag as (step, value)."""
-    checkpoint = load_checkpoint(folder / "models" / "checkpoint.pth.tar")
-    best = load_checkpoint(folder / "models" / "BEST_checkpoint.pth.tar")
-    run, = (folder / "logs").iterdir()
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    for line in log:
-        line.update(train=without_speed(line["train"]), valid=without_speed(line["valid"]))
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0})
-    events.Reload()
-    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)]
-               for tag in events.Tags()["scalars"] if not re.search("images_per_s|seconds_", tag)}
-    pictures = {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
-    progress = {name: checkpoint["progress"][name] for name in ("epoch", "batch", "step", "best", "terms",
-                                                                "epochs_since_improvement")}
-    state = dict(progress, **{name: checkpoint[name] for name in ("optimizers", "encoder", "decoder")})
-    return dict(state=state, best={name: best[name] for name in ("epoch", "encoder", "decoder")}, log=log,
-                scalars=scalars, pictures=pictures)
+    """All that two runs must agree in."""
+    last, best = last_checkpoint(folder), load_checkpoint(folder / "models" / BEST)
+    names = ("epoch", "batch", "step", "best", "terms", "epochs_since_improvement")
+    state = {name: last["progress"][name] for name in names}
+    state |= {name: last[name] for name in ("optimizers", "encoder", "decoder")}
+    log, series = read_log(folder)
+    return dict(state=state, log=log, series=series,
+                best={name: best[name] for name in ("epoch", "encoder", "decoder")})
 
 
 def assert_same(found, expected, where="", atol=0.0):
@@ -190,19 +252,20 @@ def assert_same(found, expected, where="", atol=0.0):
 def assert_near(many, one, share=0.5):
     """What several processes gave against what one gave: but for rounding the same.
 
-    Adam divides a gradient by its own size. Where that is nothing but rounding (the attention's hidden units that are
-    on at every pixel, which softmax ignores) it makes whole steps of it; such weights are left out, and at least this
-    share must remain.
+    Adam divides a gradient by its own size. Where that is nothing but rounding (the attention's
+    hidden units that are on at every pixel, which softmax ignores) it makes whole steps of it; such
+    weights are left out, and at least this share must remain.
     """
     for name in ("epoch", "batch", "step", "encoder"):
         assert_same(many["state"][name], one["state"][name], name, atol=1e-5)
     assert_same(many["log"], one["log"], "log", atol=1e-5)
     compared = 0
-    for number, (name, weight) in enumerate(one["state"]["decoder"].items()):
-        real = one["state"]["optimizers"]["decoder"]["state"][number]["exp_avg_sq"].sqrt() > 1e-6
-        assert torch.allclose(many["state"]["decoder"][name][real], weight[real], rtol=0, atol=1e-5), name
+    weights, moments = one["state"]["decoder"], one["state"]["optimizers"]["decoder"]["state"]
+    for number, (name, weight) in enumerate(weights.items()):
+        real = moments[number]["exp_avg_sq"].sqrt() > 1e-6
+        assert_same(many["state"]["decoder"][name][real], weight[real], name, atol=1e-5)
         compared += int(real.sum())
-    assert compared > share * sum(weight.numel() for weight in one["state"]["decoder"].values())
+    assert compared > share * sum(weight.numel() for weight in weights.values())
 
 
 def epoch_of(tiny_flags, *flags):

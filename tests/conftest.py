@@ -2,7 +2,6 @@
 import itertools
 import os
 import shutil
-import signal
 import subprocess
 
 import pytest
@@ -10,78 +9,75 @@ import torch
 from matplotlib.figure import Figure
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels then run on a CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on a CPU
 
 import pre_process  # noqa: E402
 import train  # noqa: E402
-from common import WORD_MAP, A, B, D, E, H, K, SIDE, T, call, folders  # noqa: E402
+from common import WORD_MAP, A, B, D, E, Forked, H, K, SIDE, T, call, folders  # noqa: E402
 from data import sample  # noqa: E402
 from datasets import END, PAD, START  # noqa: E402
 from models import DecoderWithAttention  # noqa: E402
 
-SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """A run of train.main in this process leaves its handlers, which a process forked later would inherit: it could
-    not be terminated.
-    """
-    for number, handler in SIGNALS.items():
-        signal.signal(number, handler)
-    yield
-    for number, handler in SIGNALS.items():
-        signal.signal(number, handler)
-
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The folder of a tiny sample set, drawn and preprocessed: 12 + 4 + 4 pictures of 64 pixels. Not to be written to.
-
-    Returns:
-        Path
-    """
+    """The folder of 12 + 4 + 4 drawn pictures of 64 pixels, preprocessed. Not to be written to."""
     folder = tmp_path_factory.mktemp("tiny") / "data"
-    for main, *flags in ((sample.main, "--out", folder, "--train", 12, "--valid", 4, "--test", 4, "--size", 64),
-                         (pre_process.main, *_tiny_flags(folder))):
-        call(main, *flags)
+    call(sample.main, "--out", folder, "--train", 12, "--valid", 4, "--test", 4, "--size", 64)
+    call(pre_process.main, *_tiny_flags(folder))
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_flags(tiny):
-    """Flags under which every script is done with the tiny set in seconds. A test that trains adds its own
-    --model_dir and --log_dir.
-
-    Returns:
-        list of str
-    """
+    """Flags (str) under which every script is done with the tiny set in seconds. A test that trains
+    adds its own --model_dir and --log_dir."""
     return _tiny_flags(tiny)
 
 
 def _tiny_flags(folder):
-    settings = dict(data_dir=folder, image_size=64, min_word_freq=1, encoder="resnet18", encoder_weights="none",
-                    encoded_image_size=4, emb_dim=16, attention_dim=16, decoder_dim=16, batch_size=4, epochs=2,
-                    workers=0, device="cpu")
+    settings = dict(data_dir=folder, image_size=64, min_word_freq=1, encoder="resnet18",
+                    encoder_weights="none", encoded_image_size=4, emb_dim=16, attention_dim=16,
+                    decoder_dim=16, batch_size=4, epochs=2, workers=0, device="cpu")
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
 
-@pytest.fixture
-def run(tiny_flags, tmp_path, monkeypatch):
-    """A function that runs train.py with these flags more, into tmp_path. Returns: what it printed (str)."""
-    def call_train(*flags, check=0):
-        done = call(train.main, *tiny_flags, *folders(tmp_path), *flags, check=check)
-        return done.out + done.err
-    monkeypatch.setattr("runlog.draw_attention", lambda *_: Figure((1, 1)))  # most of the time
-    return call_train
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def small_figures():
-    """Figures take most of the time of the runs in this process, and nobody looks at them here."""
+    """Figures take most of the time of a tiny run, and hardly a test looks at them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("runlog.draw_attention", lambda *_: Figure((1, 1)))
         yield
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_flags, tmp_path_factory):
+    """The folder of a run of one step, whose model has learnt nothing. Not to be written to."""
+    folder = tmp_path_factory.mktemp("trained")
+    call(train.main, *tiny_flags, *folders(folder), "--epochs", 1, "--batch_size", 12)
+    return folder
+
+
+@pytest.fixture
+def run(tiny_flags, tmp_path):
+    """A function that runs train.py with more flags, into tmp_path, and returns what it printed."""
+    def call_train(*flags, check=0):
+        done = call(train.main, *tiny_flags, *folders(tmp_path), *flags, check=check)
+        return done.out + done.err
+    return call_train
+
+
+@pytest.fixture
+def start(tmp_path_factory):
+    """A function that starts train.py with these flags, and environment variables, as Forked."""
+    started = []
+
+    def begin(*flags, main=train.main, **variables):
+        started.append(Forked(main, flags, tmp_path_factory.mktemp("printed"), variables))
+        return started[-1]
+    yield begin
+    for process in started:
+        process.kill()
 
 
 @pytest.fixture
@@ -98,7 +94,7 @@ def small_disk(tmp_path):
 def decoder():
     torch.manual_seed(0)
     model = DecoderWithAttention(A, E, H, len(WORD_MAP), D, dropout=0.0, encoded_image_size=SIDE)
-    for parameter in model.parameters():  # the initial weights are so small that every word is equally likely
+    for parameter in model.parameters():  # with the initial ones all words are equally likely
         parameter.data.normal_(0, 0.4)
     # Captions of many lengths: at some states the end is near certain, at most it is unlikely.
     model.fc.weight.data[WORD_MAP[END]] *= 6

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from common import (KILLS, assert_near, assert_same, call, epoch_of, fails, flags, interrupt, outcome,
-                    start)
+                    processes)
 from pycocoevalcap.cider.cider import Cider
 
 import self_critical
@@ -22,7 +22,6 @@ from models import DecoderWithAttention
 from scores import CiderD, cider, numbered
 from self_critical import caption_faults, self_critical_loss
 
-pytestmark = pytest.mark.usefixtures("small_figures")
 CPU = torch.device("cpu")
 WORD_MAP = {word: number for number, word in enumerate([PAD, "a", "b", "c", UNK, START, END])}
 NEVER = never_generated(WORD_MAP, CPU)
@@ -243,7 +242,8 @@ def test_the_second_phase_resumes_in_mid_epoch(first, second, tiny_flags, tmp_pa
     assert_same(outcome(tmp_path), outcome(second[0]))
 
 
-def test_the_second_phase_killed_anywhere_ends_as_if_it_had_not_been(first, second, tiny_flags, tmp_path):
+def test_the_second_phase_killed_anywhere_ends_as_if_it_had_not_been(first, second, tiny_flags, tmp_path,
+                                                                         start):
     begin_from(first, tmp_path)
     given, rng, killed = second_flags(tiny_flags, tmp_path), random.Random(KILLS), 0
     while killed < KILLS:
@@ -273,17 +273,16 @@ def test_the_second_phase_killed_after_its_first_best_checkpoint(first, second, 
 
 
 @pytest.mark.paper  # which weights get rounding for a gradient depends on the model
-def test_two_processes_share_the_second_phase(first, tiny_flags, tmp_path):
+def test_two_processes_share_the_second_phase(first, tiny_flags, tmp_path, start):
     outcomes = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
+    for number in (1, 2):
+        folder = tmp_path / str(number)
         folder.mkdir()
         begin_from(first, folder)
         given = second_flags(tiny_flags, folder, fine_tune_encoder="false", checkpoint_minutes=60,
                              self_critical_lr=2e-4)
-        process = start(*given, torchrun=["--standalone", f"--nproc_per_node={processes}"])
-        assert process.wait(timeout=240) == 0
-        process.stdout.close()
+        runs = [start(*given, **variables) for variables in processes(number)]
+        assert [run.wait() for run in runs] == [0] * number
         outcomes.append(outcome(folder))
     assert_near(outcomes[1], outcomes[0], share=0.2)  # many words are not among the samples
 
