@@ -25,9 +25,9 @@ import train
 import utils
 from checkpoint import BEST_CHECKPOINT as BEST
 from checkpoint import load_checkpoint
-from config import Config, get_config, parse_args
-from datasets import END, PAD, START, STOPPING, UNK, CaptionDataset, load_word_map, make_loader
-from models import build_models, caption_loss
+from config import Config
+from datasets import END, PAD, START, STOPPING, UNK
+from models import caption_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 Result = collections.namedtuple("Result", "code out err")
@@ -266,19 +266,6 @@ def assert_near(many, one, share=0.5):
         assert_same(many["state"]["decoder"][name][real], weight[real], name, atol=1e-5)
         compared += int(real.sum())
     assert compared > share * sum(weight.numel() for weight in weights.values())
-
-
-def epoch_of(tiny_flags, *flags):
-    """The arguments of train_one_epoch; it changes the models and the progress."""
-    config = get_config(flags=parse_args("", argv=[*tiny_flags, *flags]).flags)
-    word_map = load_word_map(config.data_dir)
-    torch.manual_seed(0)
-    encoder, decoder = build_models(config, len(word_map))
-    loader = make_loader(CaptionDataset(config, "train", word_map), config, True)
-    optimizers = train.make_optimizers(config, encoder, decoder)
-    return (encoder, decoder, train.teacher_forced, optimizers, torch.amp.GradScaler("cpu", enabled=False),
-            train.Averages(optimizers, config.ema_decay), loader, config,
-            train.Progress(run="run", batches={}), train.Sums({}, torch.device("cpu"), 0), None, lambda: None)
 
 
 # -------------------------------------------------------------------------------------------------

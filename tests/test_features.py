@@ -85,7 +85,7 @@ def test_batches_begin_with_the_encoders_own_grid(folder):
     assert kept(given).dtype == torch.float32 and torch.equal(kept(given), given.float())
     with torch.autocast("cpu", torch.bfloat16):
         assert kept(given).dtype == torch.bfloat16
-    loader = make_loader(dataset, get_config(flags=dict(batch_size=4, workers=2)), training=False)
+    loader = make_loader(dataset, get_config(flags=dict(batch_size=4, workers=2)), False)
     assert np.array_equal(torch.cat([first for first, *_ in loader]), dataset.features)
     assert len(pickle.dumps(dataset)) < len(pickle.dumps(plain)) + 1000, "workers open the features themselves"
 

@@ -18,7 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import eval
 import train
 import utils
-from utils import UserError, meet_processes, own_part, resumes
+from utils import Meeting, UserError, meet_processes, own_part, resumes
 
 
 @pytest.fixture(scope="module")

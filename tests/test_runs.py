@@ -18,6 +18,7 @@ import datasets
 import demo
 import eval
 import runlog
+import state
 import train
 import utils
 from checkpoint import save_checkpoint
@@ -198,7 +199,7 @@ def test_workers_have_room_for_their_batches(tiny, tmp_path, monkeypatch, capsys
     for room, workers in ((100, 2), (5, 1), (3, 0)):
         usage = SimpleNamespace(free=room * batch)
         monkeypatch.setattr(datasets.shutil, "disk_usage", lambda path, usage=usage: usage)
-        loader = make_loader(dataset, config, training=True)
+        loader = make_loader(dataset, config, True)
         assert len(list(loader)) == 3 and loader.num_workers == workers
         said = capsys.readouterr().out
         assert ("--shm-size" in said and f"{workers} workers instead of 2" in said) == (workers < 2)
@@ -217,8 +218,7 @@ def test_a_checkpoint_of_a_gpu_runs_on_a_cpu():
 @pytest.mark.parametrize("change, parts", [
     (dict(config=dict(log_dir="/elsewhere/logs")), ("/elsewhere/logs", "--log_dir")),
     (dict(config=dict(log_dir="logs/\x1b]0;title\x07")), ("--log_dir",)),
-    (dict(progress=dict(sums=7)), ("damaged", "progress")),
-    (dict(progress=dict(epoch="2")), ("damaged", "progress")),
+    (dict(progress=dict(colour=7)), ("damaged", "progress")),
     (dict(word_map={"\x1b[2J": 7}), ("word map",))])
 def test_what_a_checkpoint_cannot_make_a_run_do(change, parts, trained, tiny_flags, tmp_path):
     saved = last_checkpoint(trained)
@@ -258,12 +258,12 @@ def test_the_revision_is_that_of_this_code(where, revision, tmp_path, monkeypatc
                        cwd=tmp_path, check=True, capture_output=True)
     folder = tmp_path / "copy" if where == "inside another" else tmp_path
     folder.mkdir(exist_ok=True)
-    (folder / "runlog.py").write_text("1")
+    (folder / "state.py").write_text("1")
     git("init")
     git("add", ".")
     git("commit", "-m", "first")
     if where in ("changed", "added"):
-        (folder / ("runlog.py" if where == "changed" else "own.py")).write_text("2")
+        (folder / ("state.py" if where == "changed" else "own.py")).write_text("2")
     (folder / "out_0.jpg").write_bytes(b"")
-    monkeypatch.setattr(runlog, "__file__", str(folder / "runlog.py"))
-    assert re.fullmatch(revision, runlog.git_revision())
+    monkeypatch.setattr(state, "__file__", str(folder / "state.py"))
+    assert re.fullmatch(revision, state.git_revision())

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
+import state
 import train
 import utils
 import visualize
@@ -175,7 +176,7 @@ def change_models(monkeypatch, change):
         encoder, decoder = build_models(*args, **keywords)
         change(encoder, decoder)
         return encoder, decoder
-    for module in (train, checkpoint):
+    for module in (state, checkpoint):
         monkeypatch.setattr(module, "build_models", build)
 
 
@@ -283,8 +284,8 @@ def test_a_gpu_validates_larger_batches(device, given, batch):
 
 def test_a_device_without_float64_can_train(run, monkeypatch):
     assert utils.precise(torch.device("mps")) == torch.float32
-    monkeypatch.setattr(train, "precise", lambda device: torch.float32)
-    monkeypatch.setattr(train, "pixel_positions", lambda *_: None)  # these are the CPU's, as scores
+    monkeypatch.setattr(state, "precise", lambda device: torch.float32)
+    monkeypatch.setattr("runlog.pixel_positions", lambda *_: None)  # the CPU's, as scores are
     monkeypatch.setattr(train, "score", lambda *_: {"CIDEr": 0.0, "BLEU-4": 0.0})
     with WithoutFloat64(), WithoutAsynchronousCopies():
         run("--epochs", 1, "--print_freq", 2)
