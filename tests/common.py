@@ -39,7 +39,7 @@ Result = collections.namedtuple("Result", "code out err")
 
 def call(main, *flags, check=0):
     """Run a script's main() in this process, as run() ends it. None: `check` no exit code."""
-    run = sys.modules["utils"].run  # a test may have imported an edited copy of the code
+    run = sys.modules["utils"].run_script  # a test may have imported an edited copy of the code
     out, err, code = io.StringIO(), io.StringIO(), 0
     handlers = {number: signal.getsignal(number) for number in STOPPING}
     with mock.patch("sys.argv", ["script", *map(str, flags)]), \
@@ -119,7 +119,7 @@ def forked(main, flags, folder, variables):
     sys.stdout.reconfigure(line_buffering=True)
     sys.argv, code = ["script", *map(str, flags)], 0
     try:
-        utils.run(main)
+        utils.run_script(main)
     except SystemExit as exit:
         code = exit.code
     sys.exit(code)  # here no frame of main() holds a DataLoader any more, whose workers would stay

@@ -105,7 +105,7 @@ def torchrun():
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=DEATHS,
                           rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="tests",
                           monitor_interval=0.1, start_method="fork")
-    elastic_launch(config, utils.run)(train.main)
+    elastic_launch(config, utils.run_script)(train.main)
 
 
 @pytest.mark.paper  # which weights get rounding for a gradient depends on the model
