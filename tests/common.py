@@ -158,12 +158,11 @@ def files_under(folder):
 # -------------------------------------------------------------------------------------------------
 # Runs
 
+SMALL = dict(encoder="test_efficientnet", encoder_stride=16)  # which takes no time to train
 KILLS = int(os.environ.get("KILLS", 2))
-# Six steps per epoch, two readings, dropout, all layers of a small encoder trained, and a
-# checkpoint after every step.
-SETTINGS = dict(encoder="test_efficientnet", encoder_stride=16, batch_size=2, epochs=2,
-                print_freq=4, dropout=0.5, fine_tune_encoder="true", checkpoint_minutes=0,
-                early_stop_epochs=3, lr_decay_epochs=1, ema_decay=0.9)
+# Six steps per epoch, two readings, dropout, all layers trained, a checkpoint after every step.
+SETTINGS = dict(SMALL, batch_size=2, epochs=2, print_freq=4, dropout=0.5, fine_tune_encoder="true",
+                checkpoint_minutes=0, early_stop_epochs=3, lr_decay_epochs=1, ema_decay=0.9)
 
 
 def folders(folder):
@@ -271,12 +270,12 @@ def assert_near(many, one, share=0.5):
 # -------------------------------------------------------------------------------------------------
 # A small decoder
 
-
 B, K, T, D, A, E, H, SIDE = 3, 5, 9, 32, 24, 12, 16, 6
 
 
 def make_word_map(v):
-    return {word: i for i, word in enumerate([PAD, *(f"w{i}" for i in range(v - 4)), UNK, START, END])}
+    words = [PAD, *(f"w{i}" for i in range(v - 4)), UNK, START, END]
+    return {word: i for i, word in enumerate(words)}
 
 
 WORD_MAP = make_word_map(40)

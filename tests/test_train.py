@@ -24,7 +24,8 @@ from datasets import load_word_map
 from models import Term, build_models, top5_hits
 from utils import precision
 
-ONE_STEP = "--batch_size", 12
+SMALL = "--encoder", "test_efficientnet", "--encoder_stride", 16  # which takes no time to train
+QUICK = *SMALL, "--batch_size", 12  # one step an epoch
 
 
 def put_aside(folder):
@@ -87,7 +88,7 @@ def test_a_term_that_is_added_to_the_loss_shows_everywhere_by_its_name(run, tmp_
     caption_loss = train.caption_loss
     with monkeypatch.context() as patch:
         stop_during(patch, 2)
-        run("--epochs", 2, "--print_freq", 3, check=128 + signal.SIGTERM)
+        run(*SMALL, "--epochs", 2, "--print_freq", 3, check=128 + signal.SIGTERM)
     assert last_checkpoint(tmp_path)["progress"]["batch"] == 2
 
     def loss_with_entropy(scores, targets, alphas, *others):
@@ -95,7 +96,7 @@ def test_a_term_that_is_added_to_the_loss_shows_everywhere_by_its_name(run, tmp_
         terms = caption_loss(scores, targets, alphas, *others)
         return {**terms, "entropy": Term(entropy, "tokens", 0.5)}
     monkeypatch.setattr(train, "caption_loss", loss_with_entropy)
-    assert "entropy" in run("--resume", "--epochs", 2, "--print_freq", 3)
+    assert "entropy" in run(*SMALL, "--resume", "--epochs", 2, "--print_freq", 3)
     (_, line), series = read_log(tmp_path)
     for part in (line["train"], line["valid"]):
         assert 2 < part["entropy"] < math.log(16) + 1e-3
@@ -107,8 +108,8 @@ def test_a_term_that_is_added_to_the_loss_shows_everywhere_by_its_name(run, tmp_
 
 def test_tensorboard_reads_the_files_of_a_resumed_run_in_order(run, tmp_path):
     """It sorts them by name: the second, then the number of the process."""
-    run("--epochs", 1, *ONE_STEP)
-    run("--epochs", 2, *ONE_STEP, "--resume")
+    run("--epochs", 1, *QUICK)
+    run("--epochs", 2, *QUICK, "--resume")
     assert len({path.name.split(".")[3] for path in tmp_path.glob("logs/*/events.*")}) == 2
 
 
@@ -120,7 +121,7 @@ def test_an_encoder_that_is_random_and_stays_so_is_warned_of(run):
     warning = "^warning: .*--encoder_weights none.*--fine_tune_encoder true"
 
     def is_warned(*flags):
-        return bool(re.search(warning, run(*flags, *ONE_STEP), re.MULTILINE))
+        return bool(re.search(warning, run(*flags, *QUICK), re.MULTILINE))
     assert is_warned("--epochs", 1) and is_warned("--epochs", 1, "--resume")
     assert not is_warned("--resume", "--fine_tune_encoder", "true")
     assert not is_warned("--resume", "--fine_tune_encoder", "false"), "it has been trained"
@@ -130,15 +131,15 @@ def test_an_epoch_of_few_steps_is_warned_of(run):
     """And one that leaves out many of the pictures; not where no batch size would be better."""
     warning = ("^warning: .* 2 steps of 5 pictures and leaves out 2 of 12; --batch_size 1 gives 12 "
                "steps and leaves out 0$")
-    assert re.search(warning, run("--epochs", 1, "--batch_size", 5), re.MULTILINE)
-    assert "warning: an epoch" not in run("--epochs", 2, "--batch_size", 1, "--resume")
+    assert re.search(warning, run(*SMALL, "--epochs", 1, "--batch_size", 5), re.MULTILINE)
+    assert "warning: an epoch" not in run(*SMALL, "--epochs", 2, "--batch_size", 1, "--resume")
 
 
 def test_rates_fall_and_fine_tuning_can_begin_later(run, tmp_path, monkeypatch):
     """A restart repeats the command, and so does a requeued job: a rate that was given does not
     undo the decay since then, but another one does, and begins a new wait."""
     let_score_give(monkeypatch, (0.5, 0), (0.4, 0), (0.4, 0), (0.4, 0), (0.4, 0))
-    decay = [*ONE_STEP, "--lr_decay_epochs", 1, "--early_stop_epochs", 2, "--decoder_lr"]
+    decay = [*QUICK, "--lr_decay_epochs", 1, "--early_stop_epochs", 2, "--decoder_lr"]
     run(*decay, 1e-3, "--epochs", 9)
     rates = [line["rates"]["decoder_lr"] for line in read_log(tmp_path)[0]]
     assert rates == pytest.approx([1e-3, 1e-3, 0.8e-3])
@@ -147,20 +148,21 @@ def test_rates_fall_and_fine_tuning_can_begin_later(run, tmp_path, monkeypatch):
     assert "decay has made it 0.00064" in printed
     assert "nothing to train" in printed and "no better score for 2 epochs" in printed
     printed = run(*decay, 5e-4, "--epochs", 4, "--resume")
-    assert "rates: decoder_lr 0.0005;" in printed and "all 4 epochs done" in printed
-    printed = run("--epochs", 5, "--resume", "--fine_tune_encoder", "true", "--encoder_lr", 0.01)
+    assert "rates: decoder_lr 0.0005, encoder frozen;" in printed and "all 4 epochs done" in printed
+    printed = run(*QUICK, "--epochs", 5, "--resume", "--fine_tune_encoder", "true",
+                  "--encoder_lr", 0.01)
     assert "rates: decoder_lr 0.0004, encoder_lr 0.01;" in printed and "all 5 epochs" in printed
     about = json.loads(next((tmp_path / "logs").glob("*/config.json")).read_text())
     starts = [start["config"]["fine_tune_encoder"] for start in (about, *about["resumed"])]
     assert starts == [False, False, False, True]
-    name = "resnet.7.0.conv1.weight"
-    assert not torch.equal(before["encoder"][name], last_checkpoint(tmp_path)["encoder"][name])
+    after = last_checkpoint(tmp_path)["encoder"]
+    assert any(not torch.equal(weight, after[name]) for name, weight in before["encoder"].items())
 
 
 def test_a_grad_clip_of_0_clips_nothing(run, tmp_path):
     weights = []
     for clip in (0, 1e30, 1e-9):
-        run("--epochs", 1, *ONE_STEP, "--grad_clip", clip)
+        run("--epochs", 1, *QUICK, "--grad_clip", clip)
         weights.append(last_checkpoint(tmp_path)["decoder"]["fc.weight"])
         shutil.rmtree(tmp_path / "models")
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
@@ -194,24 +196,25 @@ def spoil_gradient(monkeypatch, step, name, value=math.nan):
 
 def test_a_gradient_that_is_nan_at_an_epochs_last_step_touches_no_file(run, tmp_path, monkeypatch):
     """That of the embedding of <pad>, which is never used, so that nothing but itself is spoilt."""
-    run("--epochs", 1, "--fast", "false")
+    run(*SMALL, "--epochs", 1, "--fast", "false")
     before = files_under(tmp_path / "models")
     spoil_gradient(monkeypatch, 3, "embedding.weight")
-    printed = run("--resume", "--epochs", 2, check=2)
+    printed = run(*SMALL, "--resume", "--epochs", 2, check=2)
     assert re.search(r"epoch 2, step 3,.*\.jpg.*--resume", printed)
     assert files_under(tmp_path / "models") == before and len(read_log(tmp_path)[0]) == 1
 
 
 def test_weights_that_are_nan_are_not_saved_between_two_readings(run, tmp_path, monkeypatch):
     spoil_gradient(monkeypatch, 2, "embedding.weight")
-    assert "epoch 1, step 3" in run("--checkpoint_minutes", 0, "--fast", "false", check=2)
+    printed = run(*SMALL, "--checkpoint_minutes", 0, "--fast", "false", check=2)
+    assert "epoch 1, step 3" in printed
     assert last_checkpoint(tmp_path)["progress"]["step"] == 1
 
 
 def test_moments_count_as_the_weights_do(run, monkeypatch):
     """The square of this gradient is infinite, so Adam's step is 0."""
     spoil_gradient(monkeypatch, 2, "embedding.weight", 1e30)
-    assert "epoch 1, step 3" in run("--grad_clip", 0, "--fast", "false", check=2)
+    assert "epoch 1, step 3" in run(*SMALL, "--grad_clip", 0, "--fast", "false", check=2)
 
 
 @pytest.mark.parametrize("variance, where", [
@@ -235,7 +238,7 @@ def let_score_give(monkeypatch, *scores):
 
 def test_where_cider_ties_bleu_decides_and_then_the_loss(run, tmp_path, monkeypatch):
     let_score_give(monkeypatch, (0.5, 0.1), (0.5, 0.2), (0.5, 0.2), (0.4, 0.9), (0.6, 0.0))
-    run("--epochs", 5, *ONE_STEP)
+    run("--epochs", 5, *QUICK)
     log, _ = read_log(tmp_path)
     losses = [line["valid"]["loss"] for line in log]
     assert losses == sorted(losses, reverse=True) and len(set(losses)) == 5, "training works"
@@ -307,7 +310,7 @@ def test_a_device_gets_the_best_precision_that_it_has(device, has, best, monkeyp
 
 def test_a_precision_that_a_device_lacks_is_said(run, monkeypatch):
     monkeypatch.setattr(utils, "precisions", lambda device: [torch.float32])
-    printed = run("--epochs", 1, *ONE_STEP, "--precision", "bfloat16")
+    printed = run("--epochs", 1, *QUICK, "--precision", "bfloat16")
     assert re.search("warning: .*bfloat16.*float32", printed)
 
 
@@ -319,11 +322,11 @@ def run_float16(run, monkeypatch):
 
 
 def test_float16_trains_as_float32_does(run_float16, run, tmp_path):
-    run_float16("--epochs", 1, "--fine_tune_encoder", "true")
+    run_float16(*SMALL, "--epochs", 1, "--fine_tune_encoder", "true")
     (line,), series = read_log(tmp_path)
     assert line["train"]["skipped_steps"] == 0 and series["train/loss_scale"] == [(3, 2.0 ** 16)]
     put_aside(tmp_path)
-    run("--epochs", 1, "--fine_tune_encoder", "true")
+    run(*SMALL, "--epochs", 1, "--fine_tune_encoder", "true")
     (expected,), _ = read_log(tmp_path)
     for part in ("train", "valid"):
         assert line[part]["loss"] == pytest.approx(expected[part]["loss"], rel=5e-3)
@@ -333,7 +336,7 @@ def test_a_step_that_overflows_float16_is_skipped_and_a_resumed_run_is_exact(run
                                                                              monkeypatch):
     with monkeypatch.context() as patch:
         spoil_gradient(patch, 2, "fc.weight")
-        run_float16("--epochs", 2, "--fast", "false")
+        run_float16(*SMALL, "--epochs", 2, "--fast", "false")
     whole, (first, second) = last_checkpoint(tmp_path), read_log(tmp_path)[0]
     assert first["train"]["skipped_steps"] == pytest.approx(1 / 3)
     assert second["train"]["skipped_steps"] == 0 and math.isfinite(first["train"]["loss"])
@@ -342,9 +345,9 @@ def test_a_step_that_overflows_float16_is_skipped_and_a_resumed_run_is_exact(run
     with monkeypatch.context() as patch:
         spoil_gradient(patch, 2, "fc.weight")
         stop_during(patch, 2)
-        run_float16("--epochs", 2, "--fast", "false", check=128 + signal.SIGTERM)
+        run_float16(*SMALL, "--epochs", 2, "--fast", "false", check=128 + signal.SIGTERM)
     assert last_checkpoint(tmp_path)["progress"]["scaler"]["scale"] == 2.0 ** 15
-    run_float16("--epochs", 2, "--fast", "false", "--resume")
+    run_float16(*SMALL, "--epochs", 2, "--fast", "false", "--resume")
     resumed = last_checkpoint(tmp_path)
     assert resumed["progress"]["scaler"] == whole["progress"]["scaler"]
     for name, weight in whole["decoder"].items():
@@ -355,7 +358,7 @@ def test_a_loss_that_float16_never_holds_ends_the_run(run_float16, monkeypatch):
     def spoil(encoder, decoder):
         decoder.fc.bias.register_hook(lambda gradient: gradient * math.inf)
     change_models(monkeypatch, spoil)
-    printed = run_float16("--epochs", 9, "--fast", "false", check=2)
+    printed = run_float16(*SMALL, "--epochs", 9, "--fast", "false", check=2)
     assert re.search("float16.*epoch 6, step 3.*--precision float32", printed), "2^16 / 2^17 < 1"
 
 
@@ -377,7 +380,7 @@ def test_averages_of_the_weights_are_in_the_best_checkpoint_and_the_last_one_has
         weights = last_checkpoint(tmp_path)["optimizers"]["decoder"]["state"].values()
         return [weight["average"] for weight in weights if "average" in weight]
     for step, decay in enumerate((0, 2 / 11, 0.2)):
-        run("--epochs", step + 1, *ONE_STEP, "--ema_decay", 0.2, *["--resume"] * (step > 0))
+        run("--epochs", step + 1, *QUICK, "--ema_decay", 0.2, *["--resume"] * (step > 0))
         trained = last_checkpoint(tmp_path)["decoder"][name]
         expected = trained if step == 0 else decay * expected + (1 - decay) * trained
         best = load_checkpoint(tmp_path / "models" / BEST)["decoder"][name]
@@ -385,10 +388,10 @@ def test_averages_of_the_weights_are_in_the_best_checkpoint_and_the_last_one_has
     assert not torch.allclose(best, trained)
     with monkeypatch.context() as patch:
         stop_during(patch, 2)  # in validation, while the averages are in the weights' place
-        run("--epochs", 4, *ONE_STEP, "--ema_decay", 0.2, "--resume", check=128 + signal.SIGTERM)
+        run("--epochs", 4, *QUICK, "--ema_decay", 0.2, "--resume", check=128 + signal.SIGTERM)
     stopped = last_checkpoint(tmp_path)
-    run("--epochs", 4, *ONE_STEP, "--ema_decay", 0.2, "--resume")
+    run("--epochs", 4, *QUICK, "--ema_decay", 0.2, "--resume")
     assert torch.equal(stopped["decoder"][name], last_checkpoint(tmp_path)["decoder"][name])
     assert stopped["progress"]["batch"] == 1
-    run("--epochs", 5, *ONE_STEP, "--ema_decay", 0, "--resume")
+    run("--epochs", 5, *QUICK, "--ema_decay", 0, "--resume")
     assert not average()
