@@ -163,8 +163,9 @@ def figure_file(picture: Image.Image, caption: Caption, every_word: bool) -> byt
 
 
 def find_pictures(image: str | None, examples: Path) -> list[Path]:
-    """The files to caption: `image`, or those in it and its subfolders; where it is None image_*.jpg
-    in `examples`, after scikit-image's photographs were put there where images/ has none.
+    """The files to caption: `image`, or those in it and its subfolders; where it is None
+    image_*.jpg in `examples`, after scikit-image's photographs were put there where images/ has
+    none.
     """
     if image is None:
         if examples == Path("images") and not any(examples.glob("image_*.jpg")):

@@ -169,7 +169,8 @@ def describe_protocol(references: list[list[list[str]]], config: Config, args: N
         tokens="jieba, exact mode, without 。, white space and invisible characters",
         char="one by one; runs of Latin letters or digits are one")
     if args.official:
-        protocol["official"] = "jieba, exact mode, without 。, then PTB, for captions and references"
+        protocol["official"] = ("jieba, exact mode, without 。, then PTB, for captions and "
+                                "references")
     return protocol
 
 

@@ -1,4 +1,4 @@
-"""Show, Attend and Tell (Xu et al. 2015, arXiv 1502.03044) with soft attention, in the paper's order.
+"""Show, Attend and Tell (Xu et al. 2015, arXiv 1502.03044), soft attention, in the paper's order.
 
 Symbols: B pictures, K captions per picture, P pixels the attention chooses among (the paper's L),
 T steps, M real tokens, D encoder dim, A attention dim, E word embedding dim, H decoder dim, V

@@ -1,4 +1,4 @@
-"""What a run remembers, and how it takes a step. All that a checkpoint holds is one object, State."""
+"""What a run remembers, and how it takes a step: all that a checkpoint holds is one State."""
 import math
 import os
 import shlex
@@ -199,7 +199,7 @@ class State:
         try:
             progress = Progress(**{"own_encoder": True, **saved})
         except TypeError as error:
-            raise UserError(f"{self.path} is damaged: its progress does not fit ({error})") from None
+            raise UserError(f"{self.path} is damaged: its progress ({error})") from None
         self.progress = progress
         if progress.scaler:
             self.scaler.load_state_dict(progress.scaler)

@@ -1,4 +1,4 @@
-"""The pages: every command in them parses, both languages give the same commands, every link leads somewhere."""
+"""The pages: every command parses, both languages give the same, every link leads somewhere."""
 import argparse
 import re
 import runpy
@@ -33,14 +33,16 @@ def commands(page):
 
 
 def parse(path, flags):
-    """Let a script read its command line, and do no more. Raises: UserError, AssertionError: it refuses it."""
+    """Let a script read its command line, and do no more; an error where it refuses it."""
     original = argparse.ArgumentParser.parse_known_args
 
     def once(parser, args=None, namespace=None):
         found, unknown = original(parser, args, namespace)
         assert not unknown
         if hasattr(found, "preset"):
-            get_config(found.preset, {name: value for name, value in vars(found).items() if name in vars(get_config())})
+            known = vars(get_config())
+            given = {name: value for name, value in vars(found).items() if name in known}
+            get_config(found.preset, given)
         raise Parsed
 
     main = runpy.run_path(str(ROOT / path))["main"]

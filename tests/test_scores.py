@@ -37,7 +37,8 @@ def test_scores_over_characters_do_not_depend_on_the_segmentation():
     words = ["一个", "T恤", "CD机", "2000", "年", "（", "iphone6", "é"]
     assert characters(words) == [
         "一", "个", "T", "恤", "CD", "机", "2000", "年", "（", "iphone", "6", "é"]
-    human = [[["一个", "男人", "在", "踢足球"], ["男人", "踢球"]], [["两个", "女人", "坐在", "海边"]]]
+    human = [[["一个", "男人", "在", "踢足球"], ["男人", "踢球"]],
+             [["两个", "女人", "坐在", "海边"]]]
     one = [["男人", "踢足球"], ["女人", "在", "海边"]]
     other = [["男", "人踢", "足球"], ["女人在", "海", "边"]]
     assert score(one, human) != score(other, human)
