@@ -491,13 +491,13 @@ def find_pictures(image_ids: list[str | int], pictures: list[str],
     known = dict(zip(short_names(pictures), pictures)) | dict(zip(pictures, pictures))
     by_name = [known.get(name) or known.get(short)
                for name, short in zip(given, short_names(given))]
-    by_id = [names_by_id.get(number) for number in given]
+    by_id = [names_by_id.get(name) for name in given]
 
     both = list(zip(by_name, by_id))
     only_by_name = any(one and not other for one, other in both)
     only_by_id = any(other and not one for one, other in both)
     differ = any(one and other and one != other for one, other in both)
-    are_numbers = [isinstance(image_id, int) for image_id in image_ids]
+    are_numbers = [isinstance(name, int) for name in image_ids]
     are_mixed = any(are_numbers) and not all(are_numbers)
     if only_by_name and only_by_id or differ and are_mixed:
         raise UserError("the submission names some pictures by file name and others by COCO's id: "
