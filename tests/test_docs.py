@@ -1,4 +1,5 @@
-"""The pages: every command parses, both languages give the same, every link leads somewhere."""
+"""The pages: every command parses, both languages give the same commands, every link leads
+somewhere, every test that is named is there."""
 import argparse
 import re
 import runpy
@@ -33,16 +34,16 @@ def commands(page):
 
 
 def parse(path, flags):
-    """Let a script read its command line, and do no more; an error where it refuses it."""
+    """Let a script read its command line, and do no more."""
     original = argparse.ArgumentParser.parse_known_args
 
     def once(parser, args=None, namespace=None):
         found, unknown = original(parser, args, namespace)
         assert not unknown
         if hasattr(found, "preset"):
-            known = vars(get_config())
-            given = {name: value for name, value in vars(found).items() if name in known}
-            get_config(found.preset, given)
+            fields = vars(get_config())
+            get_config(found.preset, {name: value for name, value in vars(found).items()
+                                      if name in fields})
         raise Parsed
 
     main = runpy.run_path(str(ROOT / path))["main"]
@@ -87,3 +88,9 @@ def anchors(path):
         anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
         found.append(f"{anchor}-{found.count(anchor)}" if anchor in found else anchor)
     return found
+
+
+def test_the_tests_that_docs_name_are_there():
+    text = (ROOT / "docs" / "robustness.en.md").read_text(encoding="utf-8")
+    for file, name in re.findall(r"(test_\w+\.py)::(test_\w+)", text):
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
