@@ -384,9 +384,9 @@ BACKGROUNDS = {
 # Sentences are written and judged from this one table. a, b, c are things (红色的汽车), A, B, C
 # their names alone and ca, cb, cc their colours; P and N are the place. The letters beside a
 # template are what it claims, from left to right. One that claims nothing still names its things
-# in that order when it is written, so that a captioner has an order to learn; is_true() takes any. Sentences
-# about everything name a thing before its colour, and no thing has its classifier (一辆): were
-# anything of it said before, nobody would have to look for the name.
+# in that order when it is written, so that a captioner has an order to learn; is_true() takes
+# any. Sentences about everything name a thing before its colour, and no thing has its classifier
+# (一辆): were anything of it said before, nobody would have to look for the name.
 TEMPLATES = (
     ("{P}的{A}是{ca}的，{B}是{cb}的", ""),
     ("{P}的{A}是{ca}的，{B}是{cb}的，{C}是{cc}的", ""),
