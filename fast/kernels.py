@@ -113,10 +113,9 @@ def step(pixels, weights, word_input, state, lengths, t, out):
 class Loop:
     """All between grids with words and the states, at most T steps, and its gradient, in buffers.
 
-    FastDecoder's own functions give what the loop over `step` reads. For each length that recurs
-    both passes are a CUDA graph: the host starts about half as many operations as with graphs of
-    the loop alone (benchmarks/memory.py). The grid is (B, h, w, D), words, (T, N, E), are embedded,
-    dtype is that of matrix products.
+    FastDecoder's own functions give what the loop over `step` reads, so that for each length that
+    recurs all of both passes is a CUDA graph, not the loop alone. The grid is (B, h, w, D), words,
+    (T, N, E), are embedded, dtype is that of matrix products.
     """
 
     def __init__(self, decoder, grid, words, dtype, is_trained):
