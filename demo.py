@@ -128,8 +128,9 @@ class Captioner:
         """Caption a picture, or a list of pictures as one batch.
 
         Returns:
-            A Caption; with n_best > 1 a list of so many, the best first, or fewer, as at most
-            beam_size are found. Of a list of pictures a list of these.
+            A Caption; with n_best > 1 a list of so many, the best first by score over length to the
+            checkpoint's length_penalty, or fewer, as at most beam_size are found. Of a list of
+            pictures a list of these.
         Raises:
             BadPicture: one cannot be read; names it.
         """
@@ -142,7 +143,7 @@ class Captioner:
         found = generate(self.models.decoder, grid, self.word_map, self.config.max_len, beam_size,
                          self.config.length_penalty, n_best)
         captions = [[Caption(**one, positions=self.positions) for one in best] for best in found]
-        return captions if n_best > 1 else [best for best, in captions]
+        return captions if n_best > 1 else [best[0] for best in captions]
 
     def read(self, pictures):
         images = []

@@ -54,8 +54,8 @@ def draw_attention(picture: Image.Image, words: list[str], alphas: np.ndarray,
     kinds = [kind_of(word) for word in words]
     words = ["".join(filter(str.isprintable, word))[:LONGEST_WORD] for word in words]
     colours = colours_of_things(kinds, heats)
-    tiles = [tile for tile, kind in zip(zip(words, heats, colours), kinds)
-             if every_word or kind != "function word"]
+    looks = list(zip(words, heats, colours))
+    tiles = [look for look, kind in zip(looks, kinds) if every_word or kind != "function word"]
 
     shape = picture.height / picture.width
     rows = -(-len(tiles) // TILES_PER_ROW)
@@ -63,10 +63,10 @@ def draw_attention(picture: Image.Image, words: list[str], alphas: np.ndarray,
     figure = Figure(figsize=(2 * PANEL, height), dpi=110)
     axis = figure.add_axes((0, 0, 1, 1))  # one for all, as another takes longer than a tile
     write_caption(axis, words, colours, kinds)
-    for left in (0, PANEL):
-        panel = inside(left, CAPTION_HEIGHT, PANEL, PANEL * shape)
-        axis.imshow(picture, extent=panel)
-    draw_regions(axis, zip(words, heats, colours), panel)
+    axis.imshow(picture, extent=inside(0, CAPTION_HEIGHT, PANEL, PANEL * shape))
+    panel = inside(PANEL, CAPTION_HEIGHT, PANEL, PANEL * shape)
+    axis.imshow(picture, extent=panel)
+    draw_regions(axis, looks, panel)
     draw_tiles(axis, tiles, picture.convert("L"), shape)
     axis.set(xlim=(0, 2 * PANEL), ylim=(height, 0), aspect="auto")  # inches, downwards
     axis.set_axis_off()
@@ -94,7 +94,8 @@ def heat_weights(positions: np.ndarray) -> np.ndarray:
     """
     places, cells, counts = np.unique(positions, return_inverse=True, return_counts=True)
     cell = np.arange(len(places))
-    # In steps from place to place, as in distances a peak would shift towards its wider step.
+    # Each place by itself, smoothed and then interpolated by splines, in steps from place to place:
+    # in distances a peak would shift towards the wider of its two steps.
     smooth = filters.gaussian(np.eye(len(places)), sigma=(SMOOTHING, 0), mode="constant")
     steps = np.interp((np.arange(HEAT_SIDE) + 0.5) / HEAT_SIDE, places, cell)
     coordinates = np.meshgrid(steps, cell, indexing="ij")
@@ -134,12 +135,12 @@ def ems(word):
     return sum(1 if ord(character) > 0x2e7f else 0.6 for character in word)
 
 
-def draw_regions(axis, words, panel):
+def draw_regions(axis, looks, panel):
     """Tint and outline where attention lay at each thing, and write its name at the maximum."""
     left, right, bottom, top = panel
     scale = np.array([right - left, bottom - top]) / HEAT_SIDE
     names = []
-    for word, heat, colour in words:
+    for word, heat, colour in looks:
         if not colour:
             continue
         # Zeros around it close the outlines at the picture's edge.
