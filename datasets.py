@@ -24,7 +24,7 @@ from typing import IO
 import h5py
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from config import Config
@@ -92,7 +92,9 @@ def open_picture(source: Picture, image_size: int | None = None) -> Image.Image:
         name = source
         if not isinstance(source, str | os.PathLike):
             name = getattr(source, "filename", "") or getattr(source, "name", type(source).__name__)
-        reason = str(error).replace(f" {str(source)!r}", "").replace(f" {source!r}", "")
+        reason = str(error).replace(f" {source!r}", "")
+        if isinstance(error, UnidentifiedImageError):  # its message names the object that was read
+            reason = "cannot identify image file"
         if isinstance(error, FileNotFoundError):
             reason = "no such file"
         raise BadPicture(f"{name}: {reason or type(error).__name__}") from error
@@ -113,9 +115,17 @@ def unread(source):
     if isinstance(source, str | os.PathLike):
         if not Path(source).is_file():  # a folder; a pipe would block
             raise FileNotFoundError
-    elif not hasattr(source, "read"):
+        return opened(source)
+    if not hasattr(source, "read"):
         raise TypeError("give a path, a file object, a PIL image or a uint8 array")
     return Image.open(source, formats=PICTURE_FORMATS)
+
+
+@contextlib.contextmanager
+def opened(path):
+    # Of a path Pillow maps an uncompressed TIFF into memory, and then does not turn it upright.
+    with open(path, "rb") as file, Image.open(file, formats=PICTURE_FORMATS) as picture:
+        yield picture
 
 
 def load_upright(file, image_size):

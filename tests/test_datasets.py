@@ -98,22 +98,23 @@ def test_every_kind_of_picture_gives_its_colours(name, tmp_path):
     assert np.abs(pixels.astype(int) - colour).max() <= tolerance
 
 
-@pytest.mark.parametrize("mode", ["RGB", "P", "I;16"])
+@pytest.mark.parametrize("mode, suffix", [
+    ("RGB", "png"), ("P", "png"), ("I;16", "png"), ("L", "tiff")])
 @pytest.mark.parametrize("orientation, upright", [
     (1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)), (4, np.flipud),
     (5, lambda a: a.swapaxes(0, 1)), (6, lambda a: np.rot90(a, -1)),
     (7, lambda a: np.rot90(a, 2).swapaxes(0, 1)), (8, np.rot90)])
-def test_a_picture_is_turned_upright(mode, orientation, upright, tmp_path):
-    shades = np.random.default_rng(0).integers(0, 256, (32, 32), np.uint8)
+def test_a_picture_is_turned_upright(mode, suffix, orientation, upright, tmp_path):
+    shades = np.random.default_rng(0).integers(0, 256, (32, 24), np.uint8)
     if mode == "I;16":
         picture = Image.fromarray(shades * np.uint16(257))
     else:
         picture = Image.fromarray(shades).convert(mode)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    picture.save(tmp_path / "turned.png", exif=exif)
+    picture.save(tmp_path / f"turned.{suffix}", exif=exif)
     expected = upright(np.stack([shades] * 3, axis=-1))
-    assert np.array_equal(read_image(tmp_path / "turned.png", 32), expected)
+    assert np.array_equal(open_picture(tmp_path / f"turned.{suffix}"), expected)
 
 
 TEXT, SHORT, SIGNED = 2, 3, 10  # EXIF's types; SIGNED is a quotient
