@@ -34,7 +34,7 @@ def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(whole, tiny_flags, tmp
     rng, killed, resume = random.Random(KILLS), 0, []
     signals = signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT
     while killed < KILLS:
-        code, output = interrupt(start(*resume, *tiny_flags, *flags(tmp_path)), rng, 1.5, signals)
+        code, output = interrupt(start(*resume, *tiny_flags, *flags(tmp_path)), rng, 1, signals)
         # A run that has finished no longer catches signals while Python ends.
         is_over = code in (0, -signal.SIGTERM, -signal.SIGINT) and "Finished" in output
         assert is_over or code in (-signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT)
@@ -115,12 +115,12 @@ def test_a_worker_that_dies_is_started_again_and_the_run_ends_the_same(lone, tin
     rng, path = random.Random(KILLS), tmp_path / "models" / "checkpoint.pth.tar"
     job = start(*tiny_flags, *flags(tmp_path, **SHARED), main=torchrun)
     job.wait_for("training and")
-    while not path.exists():
-        time.sleep(0.02)
     for death in range(1, DEATHS + 1):
         pgrep = ["pgrep", "-P", str(job.pid)]
         workers = subprocess.run(pgrep, capture_output=True, text=True).stdout.split()
         assert len(workers) == 2
+        while not path.exists():
+            time.sleep(0.01)
         os.kill(int(rng.choice(workers)), signal.SIGKILL)
         job.wait_for("resuming at epoch", times=death)
     assert job.wait() == 0 and "Finished" in job.out()
@@ -129,7 +129,7 @@ def test_a_worker_that_dies_is_started_again_and_the_run_ends_the_same(lone, tin
 
 @pytest.mark.paper
 @pytest.mark.parametrize("number", [2, 4] if KILLS > 5 else [2])
-def test_processes_share_a_run(lone, tiny_flags, tmp_path, number, start):
+def test_processes_share_a_run(lone, tiny_flags, tmp_path, number, start, monkeypatch):
     """They end where one does, but for rounding, and caption the same in evaluation."""
     given = [*tiny_flags, *flags(tmp_path, **SHARED)]
     runs = [start(*given, **variables) for variables in processes(number)]
@@ -137,7 +137,8 @@ def test_processes_share_a_run(lone, tiny_flags, tmp_path, number, start):
     assert_near(outcome(tmp_path), outcome(lone))
     best = ["--checkpoint", lone / "models" / "BEST_checkpoint.pth.tar", "--beam_size", 2,
             "--batch_size", 1, "--results"]
-    runs = [start(*best, tmp_path / "many.json", main=eval.main, **variables)
+    monkeypatch.setenv("PATH", "")  # no Java, which takes seconds to start
+    runs = [start(*best, tmp_path / "many.json", main=eval.main, PATH="", **variables)
             for variables in processes(number)]
     assert [run.wait() for run in runs] == [0] * number
     call(eval.main, *best, tmp_path / "one.json")

@@ -268,7 +268,7 @@ def test_the_second_phase_killed_anywhere_ends_as_if_it_had_not_been(first, seco
     begin_from(first, tmp_path)
     given, rng, killed = second_flags(tiny_flags, tmp_path), random.Random(KILLS), 0
     while killed < KILLS:
-        code, _ = interrupt(start(*given), rng, 2, (signal.SIGKILL, signal.SIGTERM))
+        code, _ = interrupt(start(*given), rng, 1.5, (signal.SIGKILL, signal.SIGTERM))
         killed += code != 0
         if not load_checkpoint(tmp_path / "models" / CHECKPOINT)["config"]["self_critical"] or not code:
             shutil.rmtree(tmp_path / "models")  # not begun, or done: all over again
