@@ -1,6 +1,5 @@
 """Self-critical training: samples, rewards, the policy gradient, and the second phase of a run."""
 import itertools
-import json
 import random
 import shutil
 import signal
@@ -8,13 +7,14 @@ import sys
 
 import pytest
 import torch
-from common import (KILLS, assert_near, assert_same, call, fails, flags, interrupt, outcome,
-                    processes)
+from common import (BEST, KILLS, assert_near, assert_same, call, fails, flags, interrupt,
+                    last_checkpoint, outcome, processes, read_log)
 from pycocoevalcap.cider.cider import Cider
 
 import self_critical
+import state
 import train
-from checkpoint import BEST_CHECKPOINT, CHECKPOINT, CROSS_ENTROPY_CHECKPOINT, load_checkpoint, save_checkpoint
+from checkpoint import CHECKPOINT, CROSS_ENTROPY_CHECKPOINT, load_checkpoint, save_checkpoint
 from config import get_config, parse_args
 from datasets import END, PAD, START, UNK, CaptionDataset, load_word_map, make_loader
 from fast import Models
@@ -189,31 +189,28 @@ def test_no_parameter_loses_its_gradient_to_the_samples_in_bfloat16(tiny_flags):
     assert missing[0] == missing[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The second phase of a run
-
-
-SECOND = ["--resume", "--self_critical", "true"]
 
 
 @pytest.fixture(scope="module")
 def first(tiny_flags, tmp_path_factory):
     """The folder of a finished run of the first phase."""
     folder = tmp_path_factory.mktemp("first")
-    assert call(train.main, *tiny_flags, *flags(folder, dropout=0.0, batch_size=4, epochs=1)).code == 0
+    call(train.main, *tiny_flags, *flags(folder, dropout=0.0, batch_size=4, epochs=1))
     return folder
 
 
 def begin_from(first, folder):
     """A copy of its checkpoints."""
     (folder / "models").mkdir(exist_ok=True)
-    for name in (CHECKPOINT, BEST_CHECKPOINT):
-        (folder / "models" / name).write_bytes((first / "models" / name).read_bytes())
+    for name in (CHECKPOINT, BEST):
+        shutil.copy(first / "models" / name, folder / "models")
 
 
 def second_flags(tiny_flags, folder, **settings):
-    return [*SECOND, *tiny_flags, *flags(folder, **dict(batch_size=4, dropout=0.5, self_critical_lr=1e-3,
-                                                        self_critical_xe=0.5) | settings)]
+    settings = dict(batch_size=4, self_critical_lr=1e-3, self_critical_xe=0.5) | settings
+    return ["--resume", "--self_critical", "true", *tiny_flags, *flags(folder, **settings)]
 
 
 @pytest.fixture(scope="module")
@@ -221,32 +218,30 @@ def second(first, tiny_flags, tmp_path_factory):
     """The folder of a run of the second phase that was not interrupted, and what it printed."""
     folder = tmp_path_factory.mktemp("second")
     begin_from(first, folder)
-    done = call(train.main, *second_flags(tiny_flags, folder))
-    assert done.code == 0, done
-    return folder, done.out
+    return folder, call(train.main, *second_flags(tiny_flags, folder)).out
 
 
 def test_the_second_phase_begins_from_the_best_checkpoint_and_says_so(first, second):
     folder, printed = second
-    best = load_checkpoint(first / "models" / BEST_CHECKPOINT)
-    assert f"begins from {folder / 'models' / BEST_CHECKPOINT}: epoch {best['epoch']}" in printed
+    best = load_checkpoint(first / "models" / BEST)
+    assert f"begins from {folder / 'models' / BEST}: epoch {best['epoch']}" in printed
     assert "decoder_lr 0.001, encoder_lr 0.001" in printed
     kept = load_checkpoint(folder / "models" / CROSS_ENTROPY_CHECKPOINT)
     assert_same(kept["decoder"], best["decoder"])
-    last = load_checkpoint(folder / "models" / CHECKPOINT)
+    last = last_checkpoint(folder)
     assert last["progress"]["began"] == best["epoch"] and last["epoch"] == best["epoch"] + 2
-    run, = (folder / "logs").iterdir()
-    lines = [json.loads(line) for line in (run / "log.jsonl").open()]
+    lines, series = read_log(folder)
     assert [line["epoch"] for line in lines] == [best["epoch"] + 1, best["epoch"] + 2]
-    assert last["progress"]["best"][0] == max(line["valid"]["CIDEr"] for line in lines), "of this phase alone"
-    for line in lines:
-        assert line["train"].keys() >= {"policy_gradient", "reward", "reward_spread", "sample_length",
-                                        "sample_unfinished", "sample_bad_ending", "sample_repetition"}
-        assert line["train"]["cross_entropy"] == pytest.approx(
-            2 * (line["train"]["loss"] - line["train"]["policy_gradient"]) - line["train"]["coverage"])
-        assert line["train"]["reward"] > 0 and line["train"]["reward_spread"] > 0
-        assert line["valid"].keys() >= {"cross_entropy", "CIDEr", "distinct_captions"}
-    assert outcome(folder)["scalars"].keys() >= {"train/reward", "train/gradient_norm", "valid/distinct_captions"}
+    best_of_phase = max(line["valid"]["CIDEr"] for line in lines)
+    assert last["progress"]["best"][0] == best_of_phase
+    for training, validation in ((line["train"], line["valid"]) for line in lines):
+        assert training.keys() >= {"sample_length", "sample_unfinished", "sample_bad_ending",
+                                   "sample_repetition"}
+        others = training["policy_gradient"] + 0.5 * training["coverage"]
+        assert training["loss"] == pytest.approx(others + 0.5 * training["cross_entropy"])
+        assert training["reward"] > 0 and training["reward_spread"] > 0
+        assert validation.keys() >= {"cross_entropy", "CIDEr", "distinct_captions"}
+    assert series.keys() >= {"train/reward", "train/gradient_norm", "valid/distinct_captions"}
 
 
 def test_the_second_phase_resumes_in_mid_epoch(first, second, tiny_flags, tmp_path, monkeypatch):
@@ -259,59 +254,63 @@ def test_the_second_phase_resumes_in_mid_epoch(first, second, tiny_flags, tmp_pa
         return loss(*args)
     monkeypatch.setattr(self_critical, "self_critical_loss", loss_and_signal)
     for code in (128 + signal.SIGTERM, 128 + signal.SIGTERM, 0):
-        assert call(train.main, *second_flags(tiny_flags, tmp_path), check=None).code == code
+        call(train.main, *second_flags(tiny_flags, tmp_path), check=code)
     assert_same(outcome(tmp_path), outcome(second[0]))
 
 
-def test_the_second_phase_killed_anywhere_ends_as_if_it_had_not_been(first, second, tiny_flags, tmp_path,
-                                                                         start):
+def test_the_second_phase_killed_anywhere_ends_as_if_it_had_not_been(first, second, tiny_flags,
+                                                                     tmp_path, start):
     begin_from(first, tmp_path)
     given, rng, killed = second_flags(tiny_flags, tmp_path), random.Random(KILLS), 0
     while killed < KILLS:
         code, _ = interrupt(start(*given), rng, 1.5, (signal.SIGKILL, signal.SIGTERM))
         killed += code != 0
-        if not load_checkpoint(tmp_path / "models" / CHECKPOINT)["config"]["self_critical"] or not code:
-            shutil.rmtree(tmp_path / "models")  # not begun, or done: all over again
+        has_begun = last_checkpoint(tmp_path)["config"]["self_critical"]
+        if not has_begun or code == 0:  # all over again
+            shutil.rmtree(tmp_path / "models")
             shutil.rmtree(tmp_path / "logs", ignore_errors=True)
             begin_from(first, tmp_path)
-    assert call(train.main, *given).code == 0
+    call(train.main, *given)
     assert_same(outcome(tmp_path), outcome(second[0]))
 
 
-def test_the_second_phase_killed_after_its_first_best_checkpoint(first, second, tiny_flags, tmp_path, monkeypatch):
-    """Which has the averages in the weights' place, and is not what the phase began from any more."""
+def test_the_second_phase_killed_after_its_first_best_checkpoint(first, second, tiny_flags,
+                                                                 tmp_path, monkeypatch):
+    """Which has the averages in the weights' place, and is not what the phase began from."""
     begin_from(first, tmp_path)
     given = second_flags(tiny_flags, tmp_path, checkpoint_minutes=60)
+
+    def save_and_die(saved, path, *rest):
+        save_checkpoint(saved, path, *rest)
+        if path.name == BEST:
+            sys.exit(9)
     with monkeypatch.context() as patch:
-        def save_and_die(saved, path, *rest):
-            save_checkpoint(saved, path, *rest)
-            if path.name == BEST_CHECKPOINT:
-                sys.exit(9)
-        patch.setattr(train, "save_checkpoint", save_and_die)
+        patch.setattr(state, "save_checkpoint", save_and_die)
         call(train.main, *given, check=9)
-    assert call(train.main, *given).code == 0
+    call(train.main, *given)
     assert_same(outcome(tmp_path), outcome(second[0]))
 
 
 @pytest.mark.paper  # which weights get rounding for a gradient depends on the model
 def test_two_processes_share_the_second_phase(first, tiny_flags, tmp_path, start):
-    outcomes = []
-    for number in (1, 2):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        begin_from(first, folder)
-        given = second_flags(tiny_flags, folder, fine_tune_encoder="false", checkpoint_minutes=60,
-                             self_critical_lr=2e-4)
-        runs = [start(*given, **variables) for variables in processes(number)]
-        assert [run.wait() for run in runs] == [0] * number
-        outcomes.append(outcome(folder))
-    assert_near(outcomes[1], outcomes[0], share=0.2)  # many words are not among the samples
+    given = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        begin_from(first, tmp_path / name)
+        given.append(second_flags(tiny_flags, tmp_path / name, dropout=0.0, checkpoint_minutes=60,
+                                  fine_tune_encoder="false", self_critical_lr=2e-4))
+    call(train.main, *given[0])
+    runs = [start(*given[1], **variables) for variables in processes(2)]
+    assert [run.wait() for run in runs] == [0, 0]
+    one, two = (outcome(tmp_path / name) for name in ("one", "two"))
+    assert_near(two, one, share=0.2)  # many words are not among the samples
 
 
 def test_what_the_second_phase_refuses(first, second, tiny_flags, tmp_path):
-    fails(train.main, *tiny_flags, *flags(tmp_path), "--self_critical", "true", parts=("--resume", "cross entropy"))
+    fails(train.main, *tiny_flags, *flags(tmp_path), "--self_critical", "true",
+          parts=("--resume", "cross entropy"))
     fails(train.main, "--resume", *tiny_flags, *flags(second[0]), "--self_critical", "false",
           parts=(CROSS_ENTROPY_CHECKPOINT, "cross entropy"))
     begin_from(first, tmp_path)
-    (tmp_path / "models" / BEST_CHECKPOINT).unlink()
-    fails(train.main, *second_flags(tiny_flags, tmp_path), parts=(BEST_CHECKPOINT, "does not exist"))
+    (tmp_path / "models" / BEST).unlink()
+    fails(train.main, *second_flags(tiny_flags, tmp_path), parts=(BEST, "does not exist"))
