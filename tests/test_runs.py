@@ -107,7 +107,7 @@ def in_a_terminal():
 def test_a_closed_terminal_saves_the_run(tiny_flags, tmp_path, start):
     """The kernel sends SIGHUP to all of its processes, and writing to it fails from then on."""
     ours, theirs = os.openpty()
-    given = flags(tmp_path, **LONG, workers=2, batch_size=12)
+    given = flags(tmp_path, **LONG, workers=1, batch_size=12)
     run = start(*tiny_flags, *given, main=in_a_terminal, TERMINAL=os.ttyname(theirs))
     shown = b""
     while b"epoch 2" not in shown:
