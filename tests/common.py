@@ -26,11 +26,12 @@ import utils
 from checkpoint import BEST_CHECKPOINT as BEST
 from checkpoint import load_checkpoint
 from config import Config
-from datasets import END, PAD, START, STOPPING, UNK
+from datasets import END, PAD, START, STOPPING, UNK, tokenize
 from models import caption_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 Result = collections.namedtuple("Result", "code out err")
+tokenize("狗")  # reads the dictionary once for all that is forked
 
 
 # -------------------------------------------------------------------------------------------------
