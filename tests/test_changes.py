@@ -20,7 +20,7 @@ from utils import precision
 
 pytestmark = pytest.mark.paper  # the diffs are of the unedited file
 PAGE = (ROOT / "docs" / "changing.md").read_text(encoding="utf-8")
-CHANGES = "dot product", "heads", "backbone", "entropy"  # in the page's order
+CHANGES = "dot product", "heads", "two layers", "own words", "backbone", "entropy"  # in the page's order
 PICTURE = "images/sample/image_0.jpg"
 
 
@@ -114,6 +114,19 @@ def test_another_attention(change, edited, unedited, tiny_flags):
     done = call(demo.main, "--checkpoint", "older.pth.tar", "--image", PICTURE, check=2)
     message = "are of another architecture than its settings"
     assert message in done.err and message in PAGE
+
+
+@pytest.mark.parametrize("change", ["two layers", "own words"])
+def test_another_decoder(change, edited, tiny_flags):
+    edited(change)
+    line, checkpoint, log = training(*tiny_flags, *TUNED, 1)
+    assert line == LINES[change]
+    if change == "two layers":
+        assert "upper_step.weight_hh" in checkpoint["decoder"]
+    else:
+        assert log[0]["train"]["own_words"] == pytest.approx(0.25 * 1 / 2000, rel=0.1)  # of steps 0 to 2
+    demo = importlib.import_module("demo")
+    call(demo.main, "--checkpoint", "m/BEST_checkpoint.pth.tar", "--image", PICTURE)
 
 
 def test_another_backbone(edited, tiny_flags):
