@@ -3,9 +3,15 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import ThreadingHTTPServer
+from unittest import mock
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -248,25 +254,58 @@ def test_half_is_half_as_large_and_nearly_the_same(quick_export, checkpoint, exp
     assert 0 < np.abs(features[0] - features[1]).max() < 0.01 * np.abs(features[1]).max()
 
 
-@pytest.mark.parametrize("error, code", [(OSError(28, "no space"), 2), (KeyboardInterrupt(), 130)])
-def test_a_folder_is_whole_or_not_there(quick_export, checkpoint, tmp_path, monkeypatch, error,
-                                        code):
-    def stop(*_):
-        raise error
+def test_an_export_that_is_stopped_leaves_nothing(quick_export, checkpoint, tmp_path, monkeypatch):
+    for error, code in ((OSError(28, "no space"), 2), (KeyboardInterrupt(), 130)):
+        monkeypatch.setattr(export, "facts_of", mock.Mock(side_effect=error))
+        done = call(export.main, checkpoint, "--out", tmp_path / "model", check=code)
+        assert not files_under(tmp_path)
+        assert ("could not be written (the disk is full)" in done.err) == (code == 2)
 
+
+def test_an_export_has_its_own_files_only(quick_export, checkpoint, tmp_path):
+    """A run that was killed leaves a temporary folder; what is already there stays."""
     folder, temporary = tmp_path / "model", tmp_path / "model.tmp"
-    temporary.mkdir()
-    (temporary / "of-a-killed-run").touch()
-    with monkeypatch.context() as patch:
-        patch.setattr(export, "facts_of", stop)
-        call(export.main, checkpoint, "--out", folder, check=code)
-    assert not files_under(tmp_path)
-
     temporary.mkdir()
     (temporary / "of-a-killed-run").touch()
     call(export.main, checkpoint, "--out", folder)
     before = files_under(tmp_path)
-    assert [path.name for path in sorted(folder.iterdir())] == [
-        "decoder.onnx", "encoder.onnx", "model.json"] and not temporary.exists()
+    assert before.keys() == {"model", *(f"model/{name}" for name in (
+        "decoder.onnx", "encoder.onnx", "model.json"))}
     fails(export.main, checkpoint, "--out", folder, parts=["exists", "--out"])
     assert files_under(tmp_path) == before
+
+
+# -------------------------------------------------------------------------------------------------
+# docs/deploy.md
+
+
+def test_the_server_of_the_docs_answers(exported, monkeypatch):
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8")
+             for name in ("deploy.md", "deploy.en.md")]
+    blocks = [re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+              for page in pages]
+    code, translated = (next(block for block in found if "http.server" in block)
+                        for found in blocks)
+    assert code == translated
+    servers = []
+    serve = ThreadingHTTPServer.serve_forever
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever",
+                        lambda server: servers.append(server))
+    monkeypatch.syspath_prepend(ROOT / "deploy")
+    exec(code.replace('"exported"', repr(str(exported))).replace("8000", "0"), {})
+
+    server, = servers
+    threading.Thread(target=serve, args=(server,), daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}/"
+        assert "看图说话" in urlopen(address, timeout=20).read().decode()
+        file = io.BytesIO()
+        Image.fromarray(PICTURES[0]).save(file, "PNG")
+        sentence = urlopen(address, data=file.getvalue(), timeout=20).read().decode()
+        assert sentence == captioner.Captioner(exported)(PICTURES[0]).sentence
+        with pytest.raises(HTTPError) as error:
+            urlopen(address, data=b"no picture", timeout=20)
+        assert error.value.code == 400 and b"cannot identify" in error.value.read()
+    finally:
+        server.shutdown()
+        server.server_close()
