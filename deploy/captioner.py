@@ -20,7 +20,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 import onnxruntime
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 FORMAT_VERSION = 1  # of model.json
 # Not EPS, whose decoder runs another program, nor formats that no photograph needs.
@@ -265,7 +265,9 @@ def open_picture(source: Picture, image_size: int | None = None) -> Image.Image:
         name = source
         if not isinstance(source, str | os.PathLike):
             name = getattr(source, "filename", "") or getattr(source, "name", type(source).__name__)
-        reason = str(error).replace(f" {str(source)!r}", "").replace(f" {source!r}", "")
+        reason = str(error).replace(f" {source!r}", "")
+        if isinstance(error, UnidentifiedImageError):  # its message names the object that was read
+            reason = "cannot identify image file"
         if isinstance(error, FileNotFoundError):
             reason = "no such file"
         raise BadPicture(f"{name}: {reason or type(error).__name__}") from error
@@ -286,9 +288,17 @@ def unread(source):
     if isinstance(source, str | os.PathLike):
         if not Path(source).is_file():  # a folder; a pipe would block
             raise FileNotFoundError
-    elif not hasattr(source, "read"):
+        return opened(source)
+    if not hasattr(source, "read"):
         raise TypeError("give a path, a file object, a PIL image or a uint8 array")
     return Image.open(source, formats=PICTURE_FORMATS)
+
+
+@contextlib.contextmanager
+def opened(path):
+    # Of a path Pillow maps an uncompressed TIFF into memory, and then does not turn it upright.
+    with open(path, "rb") as file, Image.open(file, formats=PICTURE_FORMATS) as picture:
+        yield picture
 
 
 def load_upright(file, image_size):

@@ -197,13 +197,19 @@ def files():
     yield "png, palette", encoded(photograph.quantize(9), "PNG", transparency=3)
     yield "png, 16 bits", encoded(deep, "PNG")
     yield "png, one bit", encoded(alpha.convert("1"), "PNG")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    yield "tiff, turned", encoded(photograph, "TIFF", exif=exif)
     yield "webp", encoded(clear, "WEBP")
     yield "gif", encoded(photograph.quantize(9), "GIF", save_all=True, append_images=[alpha])
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("content", [pytest.param(content, id=name) for name, content in files()])
-def test_pixels_are_those_of_datasets(content):
+def test_pixels_are_those_of_datasets(content, tmp_path):
+    path = tmp_path / "picture"
+    path.write_bytes(content)
+    assert np.array_equal(captioner.read_image(path, 64), read_image(path, 64))
     found = captioner.read_image(io.BytesIO(content), 64)
     assert np.array_equal(found, read_image(io.BytesIO(content), 64))
     with Image.open(io.BytesIO(content)) as picture:
