@@ -20,7 +20,8 @@ from utils import precision
 
 pytestmark = pytest.mark.paper  # the diffs are of the unedited file
 PAGE = (ROOT / "docs" / "changing.md").read_text(encoding="utf-8")
-CHANGES = "dot product", "heads", "two layers", "own words", "backbone", "entropy"  # in the page's order
+CHANGES = (  # in the page's order
+    "dot product", "heads", "two layers", "own words", "backbone", "entropy")
 PICTURE = "images/sample/image_0.jpg"
 
 
@@ -124,7 +125,8 @@ def test_another_decoder(change, edited, tiny_flags):
     if change == "two layers":
         assert "upper_step.weight_hh" in checkpoint["decoder"]
     else:
-        assert log[0]["train"]["own_words"] == pytest.approx(0.25 * 1 / 2000, rel=0.1)  # of steps 0 to 2
+        share = log[0]["train"]["own_words"]
+        assert share == pytest.approx(0.25 * 1 / 2000, rel=0.1), "the mean of steps 0, 1 and 2"
     demo = importlib.import_module("demo")
     call(demo.main, "--checkpoint", "m/BEST_checkpoint.pth.tar", "--image", PICTURE)
 
