@@ -81,10 +81,10 @@ def train(start: Start, device: torch.device):
     objective = partial(cross_entropy, config)
     if config.self_critical:
         objective = SelfCritical(train_loader.dataset, config, word_map, device)
+    pause = Pause(config.checkpoint_minutes, state.save)  # before the screen says that it trains
     log = RunLog(state, models, train_loader, valid_loader)
     if start.begins_second_phase:
         state.save()  # from here on this checkpoint decides what is resumed, not the best one
-    pause = Pause(config.checkpoint_minutes, state.save)
     references = tokenize_references(valid_loader.dataset) if is_first_process() else None
 
     while not state.finished():

@@ -194,7 +194,8 @@ def interrupt(process, rng, seconds, signals):
     """
     process.wait_for("training and")
     time.sleep(rng.uniform(0, seconds))
-    os.kill(process.pid, rng.choice(signals))
+    with contextlib.suppress(ProcessLookupError):  # it has finished
+        os.kill(process.pid, rng.choice(signals))
     return process.wait(), process.out()
 
 
