@@ -33,7 +33,9 @@ LONGEST_SIDE, LONGEST_SHAPE = 640, 3  # of a picture as shown: pixels; longer si
 LONGEST_WORD = 16  # characters, in a figure
 HEAT_SIDE = 128  # pixels per side of a heat map, which is stretched over the picture
 SMOOTHING = 0.65  # standard deviation, in steps from pixel to pixel of the attention
-TEMPLATE = Path(__file__).parent / "images" / "template.html"
+ROOT = Path(__file__).parent
+TEMPLATE = ROOT / "images" / "template.html"
+SHARED = {"{{STYLE}}": "attention.css", "{{SCRIPT}}": "attention.js"}  # with deploy/web's page
 
 
 def draw_attention(picture: Image.Image, words: list[str], alphas: np.ndarray,
@@ -208,7 +210,7 @@ def base64_text(content):
 
 
 def html_page(model: str, positions: np.ndarray, entries: list[dict]) -> str:
-    """A self-contained page: images/template.html with data and font.
+    """A self-contained page: images/template.html with what deploy/web shares, data and font.
 
     Args:
         model: its description, shown on the page.
@@ -219,6 +221,9 @@ def html_page(model: str, positions: np.ndarray, entries: list[dict]) -> str:
     data = dict(model=model, positions=positions.tolist(), weights=weights.tolist(),
                 pictures=entries)
     template = TEMPLATE.read_text(encoding="utf-8")
+    for place, name in SHARED.items():
+        text = (ROOT / "deploy" / "web" / name).read_text(encoding="utf-8")
+        template = template.replace(place, text)
     font = base64_text(font_subset(template + json.dumps(data, ensure_ascii=False)))
     # Without "<" no file name or caption can end the script element that holds the data.
     data = json.dumps(data).replace("<", "\\u003c")

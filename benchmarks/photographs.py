@@ -254,7 +254,8 @@ def copy_of_code(name: str, seed: int) -> Path:
     """A copy of the code for a run, with the row's changes."""
     tree = run_folder(name, f"{seed}-code")
     shutil.rmtree(tree, ignore_errors=True)
-    patterns = "*.py", "fast/*.py", "data/*.py", "benchmarks/*.py", "images/template.html"
+    patterns = "*.py", "fast/*.py", "data/*.py", "benchmarks/*.py", "images/template.html", \
+        "deploy/web/attention.*"
     for path in itertools.chain.from_iterable(map(ROOT.glob, patterns)):
         target = tree / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)

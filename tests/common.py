@@ -13,8 +13,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -27,7 +29,8 @@ from checkpoint import BEST_CHECKPOINT as BEST
 from checkpoint import load_checkpoint
 from config import Config
 from datasets import END, PAD, START, STOPPING, UNK, tokenize
-from models import caption_loss
+from demo import Caption
+from models import caption_loss, pixel_positions
 
 ROOT = Path(__file__).resolve().parent.parent
 Result = collections.namedtuple("Result", "code out err")
@@ -289,3 +292,22 @@ def loss_of(decoder, batch, alpha_c=1.0):
     terms = caption_loss(scores, targets, alphas, lengths, Config(alpha_c=alpha_c))
     counts = dict(tokens=len(targets), captions=(lengths > 0).sum())
     return sum(term.weight * term.sum / counts[term.per] for term in terms.values())
+
+
+# -------------------------------------------------------------------------------------------------
+# Attention
+
+RESNET = SimpleNamespace(stride=32, offset=0)  # all that pixel_positions reads of an encoder
+
+
+def peaks(image_size=256, encoded_image_size=4, word="词"):
+    """A word for each row of the attention, with its peak in the columns from right to left.
+
+    Returns: Caption; float array (s, 2): places of the peaks, across and down.
+    """
+    positions = pixel_positions(RESNET, image_size, encoded_image_size)
+    alphas = np.array([np.outer(positions == y, positions == x) + 0.01
+                       for y, x in zip(positions, positions[::-1])])
+    words = [word] * len(positions)
+    caption = Caption(words, -1.0, [-0.1] * len(words), True, alphas, positions)
+    return caption, np.stack([positions[::-1], positions], axis=1)

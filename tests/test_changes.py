@@ -45,7 +45,7 @@ def edited(tmp_path, monkeypatch):
 
     def apply(change):
         tree = tmp_path / "tree"
-        command = ["git", "ls-files", "*.py", "images/template.html", PICTURE]
+        command = ["git", "ls-files", "*.py", "images/template.html", "deploy/web/*", PICTURE]
         for name in subprocess.check_output(command, cwd=ROOT, text=True).split():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)

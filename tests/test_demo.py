@@ -6,14 +6,12 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from common import ROOT, WORD_MAP, D, call, error_line, files_under
+from common import RESNET, ROOT, WORD_MAP, D, call, error_line, files_under, peaks
 from fontTools.ttLib import TTFont
 from matplotlib.figure import Figure
 from PIL import Image
@@ -25,14 +23,12 @@ from checkpoint import CHECKPOINT_VERSION, RELEASED, save_checkpoint
 from config import Config
 from datasets import END, PAD, START, UNK, open_picture
 from decoding import generate
-from demo import Caption, Captioner
+from demo import Captioner
 from models import build_models, pixel_positions
 from utils import UserError
 from visualize import TEMPLATE, draw_attention, heat_weights, html_page, page_entry
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!--{{DATA}}"
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-RESNET = SimpleNamespace(stride=32, offset=0)  # all that pixel_positions reads of an encoder
 PICTURE = Image.new("RGB", (120, 80))
 
 
@@ -76,19 +72,6 @@ def drawn(monkeypatch):
 def captioned(done):
     """What stands in the first column of demo.py's lines."""
     return [line.split("\t")[0] for line in done.out.splitlines() if "\t" in line]
-
-
-def peaks(image_size=256, encoded_image_size=4, word="词"):
-    """A word for each row of the attention, with its peak in the columns from right to left.
-
-    Returns: Caption; float array (s, 2): places of the peaks, across and down.
-    """
-    positions = pixel_positions(RESNET, image_size, encoded_image_size)
-    alphas = np.array([np.outer(positions == y, positions == x) + 0.01
-                       for y, x in zip(positions, positions[::-1])])
-    words = [word] * len(positions)
-    caption = Caption(words, -1.0, [-0.1] * len(words), True, alphas, positions)
-    return caption, np.stack([positions[::-1], positions], axis=1)
 
 
 def draw(caption, picture=PICTURE, **keywords):
@@ -349,47 +332,13 @@ def test_the_page_brings_every_character_that_it_shows(monkeypatch):
     font, = re.findall(r"url\(data:font/woff;base64,([\w+/=]+)\)", text)
     assert len(font) < 60_000
     characters = TTFont(io.BytesIO(base64.b64decode(font))).getBestCmap().keys()
-    shown = TEMPLATE.read_text(encoding="utf-8") + "".join([model, *names, *caption.words])
+    shown = text + "".join([model, *names, *caption.words])  # the data are ASCII in the page
     assert {ord(character) for character in shown if not character.isascii()} <= characters
     family, = re.findall(r"@font-face {[^}]*font-family: ([^;]+);", text)
     fonts = re.findall(r"\bfont(?:-family)?: ([^;}]*)", re.sub("@font-face {[^}]*}", "", text))
     assert fonts and all(font == "inherit" or f" {family}," in font for font in fonts)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")  # what fontTools takes for the time
     assert html_page(model, caption.positions, entries) == text
-
-
-IN_THE_PAGE = """
-<script>
-onload = async () => {
-  const canvas = document.querySelector("canvas");
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  const peaks = [...document.querySelectorAll(".words button")].map(button => {
-    rest();  // from nothing a map is there at once
-    button.click();
-    const green = context.getImageData(0, 0, SIDE, SIDE).data.filter((_, i) => i % 4 === 1);
-    const peak = green.indexOf(Math.max(...green));
-    return [(peak % SIDE + 0.5) / SIDE, (Math.floor(peak / SIDE) + 0.5) / SIDE];
-  });
-  await document.fonts.ready;
-  const fonts = [...document.fonts].map(font => font.status);
-  document.title = JSON.stringify({ peaks, fonts });
-};
-</script>
-"""
-
-
-@pytest.mark.skipif(not BROWSER, reason="no Chromium here")
-def test_a_browser_shows_attention_where_it_lies_and_takes_the_font(tmp_path):
-    caption, places = peaks(256, 14)
-    page = html_page("model", caption.positions, [page_entry("a.jpg", PICTURE, caption)])
-    (tmp_path / "page.html").write_text(page + IN_THE_PAGE, encoding="utf-8")
-    flags = ("headless", "no-sandbox", "disable-gpu", "disable-background-networking",
-             f"user-data-dir={tmp_path / 'user'}", "virtual-time-budget=1000", "dump-dom")
-    command = [BROWSER, *(f"--{flag}" for flag in flags), (tmp_path / "page.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
-    found = json.loads(re.search("<title>(.*)</title>", done.stdout)[1])
-    assert np.array(found["peaks"]) == pytest.approx(places, abs=0.01)
-    assert found["fonts"] == ["loaded"]
 
 
 # -------------------------------------------------------------------------------------------------
