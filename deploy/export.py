@@ -32,11 +32,12 @@ from tqdm import tqdm  # noqa: E402
 
 from checkpoint import open_checkpoint  # noqa: E402
 from config import Config, new_parser  # noqa: E402
-from datasets import (END, PAD, PICTURE_SUFFIXES, START, UNK, read_image,  # noqa: E402
+from datasets import (END, PAD, PICTURE_SUFFIXES, START, UNK, kind_of, read_image,  # noqa: E402
                       word_list)
 from decoding import generate  # noqa: E402
 from deploy.captioner import FORMAT_VERSION, Captioner  # noqa: E402
 from models import pixel_positions  # noqa: E402
+from visualize import heat_weights  # noqa: E402
 
 OPSET = 18
 BEAM_SIZE = 3  # of captioner.py, unless told otherwise; demo.py's and eval.py's
@@ -157,11 +158,14 @@ def halve_weights(path: Path) -> None:
 def facts_of(checkpoint: dict, config: Config, encoder: nn.Module, half: bool) -> dict:
     """What model.json holds; docs/deploy.md has each field."""
     word_map = checkpoint["word_map"]
+    words = word_list(word_map)
+    positions = pixel_positions(encoder, config.image_size, config.encoded_image_size)
     return dict(
         format_version=FORMAT_VERSION,
         image_size=config.image_size,
         encoded_image_size=config.encoded_image_size,
-        positions=pixel_positions(encoder, config.image_size, config.encoded_image_size).tolist(),
+        positions=positions.tolist(),
+        heat_weights=heat_weights(positions).round(4).tolist(),
         start=word_map[START],
         end=word_map[END],
         never=[word_map[PAD], word_map[START], word_map[UNK]],
@@ -176,7 +180,9 @@ def facts_of(checkpoint: dict, config: Config, encoder: nn.Module, half: bool) -
         note=checkpoint.get("note"),  # what it has seen, and the licence
         protocol=checkpoint.get("protocol"),
         scores=checkpoint.get("scores"),
-        words=word_list(word_map))
+        words=words,
+        function_words=[number for number, word in enumerate(words)
+                        if kind_of(word) == "function word"])
 
 
 # -------------------------------------------------------------------------------------------------
