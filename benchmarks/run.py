@@ -3,6 +3,7 @@
     python benchmarks/run.py train                   # one group: preprocess, train, score or eval
     python benchmarks/run.py all --json bench.json   # `make bench`; twenty minutes on two cores
     python benchmarks/run.py epoch                   # an epoch of AI Challenger on a GPU
+    python benchmarks/run.py gpu --out FOLDER        # all that only a GPU can show: see gpu.py
     python benchmarks/run.py scaling --plot FILE     # against batch, caption length, vocabulary
 
 The product is what train.py and eval.py run, as fast.choose decides; in `train_decoder_as_written`
@@ -24,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -41,10 +42,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the scripts are
 
+import benchmarks.absent  # noqa: E402, F401
 import fast  # noqa: E402
 import pre_process  # noqa: E402
 import train  # noqa: E402
-from benchmarks import reference  # noqa: E402
+from benchmarks import gpu, reference  # noqa: E402
 from config import Config, new_parser  # noqa: E402
 from datasets import (  # noqa: E402
     END, PAD, START, UNK, CaptionDataset, decode_caption, make_loader, word_list)
@@ -208,24 +210,10 @@ def train_case(side: str, device: torch.device, start: str = "features", precisi
     """
     config = replace(CONFIG, precision=precision, fast=not as_written)
     sizes = sizes or SIZES[device.type]
-    captions, lengths = make_captions(sizes)
-    captions = captions.to(device)
-    if start == "features":
-        given = make_features(sizes.pictures, device)
-    else:
-        given = make_images(sizes.pictures).to(device)
-
     if side == "product":
-        state = make_state(config, sizes.vocab_size, device)
-        models = train.prepare(state, None, None)
-        if start == "kept":
-            given = models.encoder(given).half()
-        if start != "pixels":
-            models = models._replace(training_encoder=KeptFeatures(None))
-        models.training_decoder.train()
-        objective = partial(train.cross_entropy, config)
-        return product_step(state, models, objective, (given, captions, lengths))
+        return train_product(config, device, start, sizes)
 
+    given, captions, lengths = make_batch(sizes, start, device)
     encoder, decoder = make_models(side, config, sizes.vocab_size, device)
     captions = captions.flatten(0, 1)
     lengths = lengths.flatten().to(device)
@@ -240,6 +228,35 @@ def train_case(side: str, device: torch.device, start: str = "features", precisi
         return reference.caption_loss(scores, alphas, captions, lengths, config.alpha_c)
 
     return reference_step(loss_of_batch, decoder.train(), config.decoder_lr, config.grad_clip)
+
+
+def train_product(config: Config, device: torch.device, start: str, sizes: Sizes,
+                  edit: Callable[[fast.Models], fast.Models] = lambda models: models) -> Case:
+    """The product's side of train_case; `edit` may let another decoder run."""
+    given, captions, lengths = make_batch(sizes, start, device)
+    state = make_state(config, sizes.vocab_size, device)
+    if config.fine_tune_encoder:
+        state.encoder.fine_tune("top")
+    models = train.prepare(state, None, None)
+    if start == "kept":
+        given = models.encoder(given).half()
+    if start != "pixels":
+        models = models._replace(training_encoder=KeptFeatures(None))
+    models = edit(models)
+    models.training_encoder.train()
+    models.training_decoder.train()
+    objective = partial(train.cross_entropy, config)
+    return product_step(state, models, objective, (given, captions, lengths))
+
+
+def make_batch(sizes: Sizes, start: str, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Features or pictures, captions, and their lengths, which stay on the CPU."""
+    captions, lengths = make_captions(sizes)
+    if start == "features":
+        given = make_features(sizes.pictures, device)
+    else:
+        given = make_images(sizes.pictures).to(device)
+    return given, captions.to(device), lengths
 
 
 def self_critical_case(side: str, device: torch.device) -> Case:
@@ -274,8 +291,9 @@ def self_critical_case(side: str, device: torch.device) -> Case:
         rewards = reference.rewards(samples, captions[:, :, 1:].tolist())
         return reference.self_critical_loss(decoder, grid, samples, rewards, word_map)
 
-    return reference_step(loss_of_batch, decoder, config.self_critical_lr,
+    step = reference_step(loss_of_batch, decoder, config.self_critical_lr,
                           config.self_critical_clip)
+    return step._replace(steps=1)  # which takes seconds
 
 
 def product_step(state: State, models: fast.Models, objective: Callable, batch: tuple) -> Case:
@@ -311,6 +329,7 @@ def training_case(step: Callable[[], torch.Tensor], decoder: torch.nn.Module) ->
 
     def iteration():
         result["loss"] = step().detach()
+        return result["loss"]
 
     def outcome():
         gradients = [p.grad.flatten().float().cpu() for p in decoder.parameters()]
@@ -456,6 +475,19 @@ def timed() -> float:
     return (time.perf_counter() - start) / case.steps
 
 
+def busy() -> float | None:
+    """The share of an iteration's time that a GPU works; None on a CPU."""
+    device, case = held
+    if device.type != "cuda":
+        return None
+    seconds = timed()  # without the profiler, which costs time
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        timed()
+    working = sum(event.self_device_time_total for event in profile.key_averages())
+    return working / 1e6 / case.steps / seconds
+
+
 def memory(device: torch.device, reset: bool = False) -> int | None:
     """Peak memory in bytes since the last reset; at a reset, what is held now.
 
@@ -482,6 +514,7 @@ def memory(device: torch.device, reset: bool = False) -> int | None:
 class Comparison(NamedTuple):
     seconds: list[dict[str, float]]  # of each round, by side
     peaks: dict[str, int | None]  # bytes by side
+    busy: float | None  # share of the product's time that a GPU works
 
 
 def compare(name: str, make: Callable[..., Case], device: torch.device, rounds: int) -> Comparison:
@@ -499,7 +532,8 @@ def compare(name: str, make: Callable[..., Case], device: torch.device, rounds: 
         seconds = []
         for _ in range(warm_up + rounds):
             seconds.append({side: pools[side].submit(timed).result() for side in SIDES})
-    return Comparison(seconds[warm_up:], peaks)
+        working = product.submit(busy).result()
+    return Comparison(seconds[warm_up:], peaks, working)
 
 
 def check(name: str, expected: dict, found: dict) -> None:
@@ -560,33 +594,42 @@ class RandomDataset(CaptionDataset):
 
 def epochs(device: torch.device, pictures: int, batch_size: int, workers: int) -> None:
     """Time epochs with the frozen encoder, with kept features, and with the encoder trained too, on
-    an eighth of the pictures. One validation picture for seven of training.
-
-    The pictures are in a file in TMPDIR, 47 GB of them.
-    """
-    valid_pictures = math.ceil(pictures / 7)
-    print(f"{pictures} training and {valid_pictures} validation pictures, batches of {batch_size}, "
+    an eighth of the pictures."""
+    print(f"{pictures} training pictures and a seventh for validation, batches of {batch_size}, "
           f"{workers} workers\n")
     print("| epoch | training, s | images/s | GiB | validation, s | of which scores, s |\n"
           "|---|---|---|---|---|---|", flush=True)
+    kinds = {"frozen": pictures, "kept": pictures, "fine-tuned": pictures // 8}
+    for kind, row in epoch_rows(kinds, device, batch_size, workers):
+        print(f"| {kind} | {row['seconds']:.1f} | {row['images_per_s']:.0f} | {row['gib']:.1f} | "
+              f"{row['validation_s']:.1f} | {row['scores_s']:.1f} |", flush=True)
+
+
+def epoch_rows(kinds: dict[str, int], device: torch.device, batch_size: int,
+               workers: int) -> Iterator[tuple[str, dict]]:
+    """The times of epochs of so many pictures, by kind. One validation picture for seven of
+    training.
+
+    The pictures are in a file in TMPDIR, 47 GB of them for an epoch of AI Challenger.
+    """
+    most = max(kinds.values())
+    total = most + math.ceil(most / 7)
     with tempfile.NamedTemporaryFile(suffix=".h5") as file:
-        total = pictures + valid_pictures
         shape = min(total, 4096), 256, 256, 3
         some = np.random.default_rng(0).integers(0, 256, shape, np.uint8).tobytes()
         for start in range(0, total, 4096):
             file.write(some[:(total - start) * 256 * 256 * 3])
         file.flush()
-        for kind in ("frozen", "kept", "fine-tuned"):
+        for kind, n in kinds.items():
             config = replace(CONFIG, precision="auto", batch_size=batch_size, workers=workers,
                              fine_tune_encoder=kind == "fine-tuned")
-            n = pictures // 8 if kind == "fine-tuned" else pictures
             train_set = RandomDataset(Path(file.name), n)
-            valid_set = RandomDataset(Path(file.name), math.ceil(n / 7), first=pictures)
+            valid_set = RandomDataset(Path(file.name), math.ceil(n / 7), first=most)
             seconds = time_training(kind, train_set, config, device)
-            gib = memory(device) / 2**30
+            gib = (memory(device) or 0) / 2**30
             validation, scores = time_validation(kind, valid_set, config, device)
-            print(f"| {kind} | {seconds:.1f} | {n / seconds:.0f} | {gib:.1f} | {validation:.1f} | "
-                  f"{scores:.1f} |", flush=True)
+            yield kind, dict(pictures=n, seconds=seconds, images_per_s=n / seconds, gib=gib,
+                             validation_s=validation, scores_s=scores)
 
 
 def time_training(kind: str, dataset: CaptionDataset, config: Config,
@@ -663,7 +706,7 @@ def summarise(name: str, found: Comparison) -> dict[str, float | None]:
     row = dict(reference_s=statistics.median(seconds["reference"] for seconds in found.seconds),
                product_s=statistics.median(seconds["product"] for seconds in found.seconds),
                ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios),
-               memory_ratio=memory_ratio)
+               memory_ratio=memory_ratio, busy=found.busy)
     memory_text = "-" if memory_ratio is None else f"{memory_ratio:.2f}"
     print(f"| {name} | {row['reference_s']:.3f} | {row['product_s']:.3f} | {row['ratio']:.1f} "
           f"({row['ratio_min']:.1f}-{row['ratio_max']:.1f}) | {memory_text} |", flush=True)
@@ -706,7 +749,7 @@ def scaling(device: torch.device, rounds: int, path: Path) -> None:
 
 def main() -> None:
     parser = new_parser(__doc__)
-    groups = *CASES, "epoch", "scaling", "all"
+    groups = *CASES, "epoch", "scaling", "gpu", "all"
     parser.add_argument("group", nargs="?", default="all", choices=groups)
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each side (5)")
     parser.add_argument("--device", default=CONFIG.device)
@@ -718,7 +761,10 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the table here")
     parser.add_argument("--plot", metavar="FILE", default=Path(__file__).parent / "scaling.png",
                         help="where scaling draws its curves (benchmarks/scaling.png)")
+    gpu.add_flags(parser)
     args = parser.parse_args()
+    if args.group == "gpu":
+        return gpu.run_parts(args)
     device = get_device(replace(CONFIG, device=args.device))
     if device.type == "cuda":
         chip = torch.cuda.get_device_name(device)

@@ -34,7 +34,8 @@ from models import caption_loss, pixel_positions
 
 ROOT = Path(__file__).resolve().parent.parent
 Result = collections.namedtuple("Result", "code out err")
-tokenize("狗")  # reads the dictionary once for all that is forked
+with contextlib.suppress(ModuleNotFoundError):  # of jieba, which a machine with a GPU may lack
+    tokenize("狗")  # reads the dictionary once for all that is forked
 
 
 # -------------------------------------------------------------------------------------------------
