@@ -1,5 +1,5 @@
-"""Import this first, and packages that are not installed are imported all the same: as placeholders,
-whose use says what is missing. So a host without network runs what it has the packages for.
+"""Import this first, and packages that are not installed are imported all the same: as
+placeholders, whose use says what is missing. So a host without network runs what it can.
 
 What is measured needs PyTorch, torchvision, NumPy, h5py, Pillow, Matplotlib and tqdm.
 """

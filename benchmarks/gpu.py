@@ -28,9 +28,8 @@ from benchmarks import absent  # noqa: E402
 # What each is of is in gpu_parts.py; the numbers are shares of the time.
 PARTS = dict(tests=9, steps=18, self_critical=7, precisions=6, epoch=12, beam=8, memory=12,
              two_processes=8, form=20)
-# Small, and what the parts need where it is missing. pycocoevalcap has 104 MB, of jars that no part
-# runs: without it the reference's self-critical step is left out.
-WHEELS = "jieba", "nltk", "mplfonts", "fonttools", "filelock", "onnx", "onnxruntime"
+# What parts may lack: 30 MB. Not mplfonts (85 MB), as no part draws a figure.
+WHEELS = "jieba nltk regex joblib click fonttools filelock pycocoevalcap"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -99,12 +98,12 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def print_wheels() -> None:
-    """For this Python; jieba is pure Python but has no wheel, so it is built."""
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    print(f"# for Python {python}; where they are needed: "
-          f"pip install --no-index --find-links wheels {' '.join(WHEELS)}")
-    print(f"pip wheel --no-deps --wheel-dir wheels jieba\n"
-          f"pip download --only-binary :all: --no-deps --dest wheels {' '.join(WHEELS[1:])}")
+    """As commands. jieba comes as source alone, which needs no network once it is a wheel."""
+    print(f"""# With Python {sys.version_info.major}.{sys.version_info.minor}, as over there:
+pip wheel --no-deps --wheel-dir wheels {WHEELS}
+zip -qd wheels/pycocoevalcap*.whl '*.jar' '*.gz'    # 104 MB of METEOR and SPICE, which no part runs
+# There, from the folder that came along:
+pip install --no-deps --no-index --find-links wheels {WHEELS}""")
 
 
 def main() -> None:
