@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import absent  # noqa: E402
 
 # What each is of is in gpu_parts.py; the numbers are shares of the time.
-PARTS = dict(tests=9, steps=18, self_critical=7, precisions=6, epoch=12, beam=8, memory=12,
+PARTS = dict(tests=12, steps=18, self_critical=7, precisions=6, epoch=12, beam=8, memory=12,
              two_processes=8, form=20)
 # What parts may lack: 30 MB. Not mplfonts (85 MB), as no part draws a figure.
 WHEELS = "jieba nltk regex joblib click fonttools filelock pycocoevalcap"

@@ -1,4 +1,4 @@
-"""What is prepared for a GPU: a part that is cut short leaves the rest, tables have all there is."""
+"""What is prepared for a GPU: a part that is cut short leaves the rest, tables have it all."""
 import json
 import os
 import sys
