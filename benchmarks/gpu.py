@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --out FOLDER --minutes 12
     python benchmarks/gpu.py --out FOLDER --minutes 9 --parts form memory two_processes
-    python benchmarks/gpu.py --out FOLDER --minutes 3 --device cpu    # a rehearsal: tiny sizes
+    python benchmarks/gpu.py --out FOLDER --minutes 6 --device cpu    # a rehearsal: tiny sizes
     python benchmarks/gpu.py wheels         # what to bring to a host without network
     python benchmarks/tables.py FOLDER      # the tables of README.md
 
@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import absent  # noqa: E402
 
 # What each is of is in gpu_parts.py; the numbers are shares of the time.
-PARTS = dict(tests=12, steps=18, self_critical=7, precisions=6, epoch=12, beam=8, memory=12,
-             two_processes=8, form=20)
+PARTS = dict(tests=10, steps=20, self_critical=8, precisions=6, epoch=12, beam=10, memory=12,
+             two_processes=10, form=20)
 # What parts may lack: 30 MB. Not mplfonts (85 MB), as no part draws a figure.
 WHEELS = "jieba nltk regex joblib click fonttools filelock pycocoevalcap"
 

@@ -606,7 +606,8 @@ class RandomDataset(CaptionDataset):
         self.shape = pictures, 256, 256, 3
         self.offset = first * math.prod(self.shape[1:])
         self.image_ids = range(pictures)
-        self.captions, self.caption_lengths = make_captions(Sizes(pictures))
+        sizes = SIZES["cpu"]._replace(pictures=pictures)
+        self.captions, self.caption_lengths = make_captions(sizes)
 
 
 def epochs(device: torch.device, pictures: int, batch_size: int, workers: int) -> None:
