@@ -142,6 +142,8 @@ def make_state(config: Config, vocab_size: int, device: torch.device,
     encoder, decoder = make_models("product", config, vocab_size, device, talkative)
     state.encoder.load_state_dict(encoder.state_dict())
     state.decoder.load_state_dict(decoder.state_dict())
+    if config.fine_tune_encoder:
+        state.encoder.fine_tune("top")  # as with ImageNet's weights
     return state
 
 
@@ -212,7 +214,7 @@ def train_case(side: str, device: torch.device, start: str = "features", precisi
     config = replace(CONFIG, precision=precision, fast=not as_written)
     sizes = sizes or SIZES[device.type]
     if side == "product":
-        return train_product(config, device, start, sizes)
+        return train_product(make_state(config, sizes.vocab_size, device), start, sizes)
 
     given, captions, lengths = make_batch(sizes, start, device)
     encoder, decoder = make_models(side, config, sizes.vocab_size, device)
@@ -231,13 +233,10 @@ def train_case(side: str, device: torch.device, start: str = "features", precisi
     return reference_step(loss_of_batch, decoder.train(), config.decoder_lr, config.grad_clip)
 
 
-def train_product(config: Config, device: torch.device, start: str, sizes: Sizes,
+def train_product(state: State, start: str, sizes: Sizes,
                   edit: Callable[[fast.Models], fast.Models] = lambda models: models) -> Case:
     """The product's side of train_case; `edit` may let another decoder run."""
-    given, captions, lengths = make_batch(sizes, start, device)
-    state = make_state(config, sizes.vocab_size, device)
-    if config.fine_tune_encoder:
-        state.encoder.fine_tune("top")
+    given, captions, lengths = make_batch(sizes, start, state.device)
     models = train.prepare(state, None, None)
     if start == "kept":
         given = models.encoder(given).half()
@@ -246,7 +245,7 @@ def train_product(config: Config, device: torch.device, start: str, sizes: Sizes
     models = edit(models)
     models.training_encoder.train()
     models.training_decoder.train()
-    objective = partial(train.cross_entropy, config)
+    objective = partial(train.cross_entropy, state.config)
     return product_step(state, models, objective, (given, captions, lengths))
 
 
@@ -654,8 +653,6 @@ def time_training(kind: str, dataset: CaptionDataset, config: Config,
                   device: torch.device) -> float:
     """Seconds of train_one_epoch."""
     state = make_state(config, SIZES[device.type].vocab_size, device)
-    if config.fine_tune_encoder:
-        state.encoder.fine_tune("top")
     models = train.prepare(state, None, None)
     if kind == "kept":
         models = models._replace(training_encoder=keep_random_features(dataset, device))
