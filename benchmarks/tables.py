@@ -5,8 +5,8 @@
 Where README.md has the same row already, its figure stands beside the new one, as "before". A part
 that is not there, was cut short or failed is named below the tables.
 """
+import argparse
 import json
-import sys
 from pathlib import Path
 
 README = Path(__file__).with_name("README.md")
@@ -154,8 +154,6 @@ def tables(folder: Path) -> str:
     for path in sorted(folder.glob("*.json")):
         part = json.loads(path.read_text(encoding="utf-8"))
         parts[part["part"]] = part
-    if not parts:
-        sys.exit(f"{folder} holds nothing that benchmarks/gpu.py has written")
     machine = next((part for part in parts.values() if "chip" in part), {})
     keys = ("date", "chip", "python", "torch", "torchvision")
     about = ", ".join(f"{key} {machine.get(key, 'unknown')}" for key in keys)
@@ -174,7 +172,15 @@ def tables(folder: Path) -> str:
     return "\n\n".join([about, *(f"### {title}\n\n{body}" for title, body in sections.items())])
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of gpu.py's --out")
+    folder = parser.parse_args().folder
+    if not any(folder.glob("*.json")):
+        parser.error(f"{folder} holds nothing that benchmarks/gpu.py has written")
+    print(tables(folder))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    print(tables(Path(sys.argv[1])))
+    main()
