@@ -90,7 +90,8 @@ class Report:
 
 def run_part(part: str, folder: str) -> None:
     report = Report(part, Path(folder))
-    device = get_device(run.CONFIG)
+    # Nothing is started on it here, which would take memory from the parts' own processes.
+    device = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
     globals()[part](report, device)
 
 
