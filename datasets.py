@@ -301,7 +301,8 @@ def load_word_map(data_dir: str | Path) -> dict[str, int]:
     try:
         word_map = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: name the data by --preset or --data_dir, or run "
+        raise UserError(f"{path} does not exist: name the data by --data_dir (or, where no "
+                        f"--checkpoint is named, by --preset), or run "
                         f"pre_process.py (--overwrite if only this file was lost)") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): pre_process.py --overwrite writes it anew"
@@ -446,7 +447,8 @@ def open_split(path: Path, expected: dict[str, object]) -> Iterator[h5py.File]:
     UserError: missing, not readable, truncated, made with other settings, or not of pre_process.py.
     """
     if not path.exists():
-        raise UserError(f"{path} does not exist: name the data by --preset or --data_dir, or run "
+        raise UserError(f"{path} does not exist: name the data by --data_dir (or, where no "
+                        f"--checkpoint is named, by --preset), or run "
                         f"pre_process.py, which makes those splits whose archives are there")
     try:
         with h5py.File(path) as file:

@@ -8,15 +8,10 @@
 In Python: Captioner("models/photographs.pth.tar")("my.jpg").sentence
 """
 import io
-import os
 from argparse import Namespace
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-# A picture is so little work that threads mostly wait for each other. If they do so busily, all
-# takes twice as long beside another program, such as a training. Read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from utils import UserError, printable, replacing, run_script, write_text
 

@@ -2,6 +2,7 @@
 log.jsonl (a line per epoch) and config.json (settings, command, versions)."""
 import itertools
 import json
+import shlex
 import sys
 import threading
 import time
@@ -240,4 +241,6 @@ def losses(means: dict[str, float]) -> str:
 
 def last_line(state: State) -> str:
     return (f"Finished ({state.finished()}); best CIDEr on valid, greedy: "
-            f"{state.progress.best[0]:.4f}, in {state.best_path}")
+            f"{state.progress.best[0]:.4f}, in {state.best_path}\n"
+            f"python demo.py --checkpoint {shlex.quote(str(state.best_path))} --image FILE "
+            f"captions with it")

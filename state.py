@@ -164,6 +164,10 @@ class State:
         self.meter = Meter(self.progress, device)
         # Weights that torchvision or timm gives again need no place in every checkpoint.
         self.left_out = {}
+        # What the model that this one began with has seen, and its licence.
+        self.note = (start.initial or start.checkpoint or {}).get("note")
+        if start.initial and self.note:
+            self.note = f"Begun from {start.initial_path}, of which is said: {self.note}"
         if not self.progress.own_encoder:
             self.left_out = dict(encoder={}, encoder_digest=weights_digest(self.encoder))
 
@@ -422,7 +426,9 @@ class State:
 
     def checkpoint(self) -> dict:
         """All that resuming, evaluation and demo need: tensors and plain containers."""
+        note = dict(note=self.note) if self.note else {}
         return dict(
+            **note,
             version=CHECKPOINT_VERSION,
             epoch=self.progress.epoch,
             config=vars(self.config).copy(),

@@ -35,6 +35,9 @@ if os.path.expanduser("~") == "~":  # a user whom the system does not know; nltk
 if not (sys.stderr and sys.stderr.isatty()):  # in a file each update is another line
     os.environ.setdefault("TQDM_MININTERVAL", "60")
     os.environ.setdefault("TQDM_MAXINTERVAL", "60")
+# Threads that wait for each other busily take a step five times as long where another program needs
+# the cores too; on idle cores it makes no difference. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
