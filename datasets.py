@@ -18,7 +18,7 @@ import struct
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO
 
 import h5py
@@ -181,6 +181,11 @@ def read_image(source: Picture, image_size: int) -> np.ndarray:
     """
     square = (image_size, image_size)
     return np.array(open_picture(source, image_size).resize(square, Image.Resampling.BILINEAR))
+
+
+def is_picture_name(path: PurePath) -> bool:
+    """Whether a file is one of the pictures that are read, by its suffix."""
+    return path.suffix.lower() in PICTURE_SUFFIXES
 
 
 def short_names(file_names: list[str], prefix: str = "") -> list[str]:

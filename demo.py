@@ -23,8 +23,8 @@ from skimage import data
 import fast
 from checkpoint import RELEASED, open_checkpoint
 from config import DEFAULT_PRESET, boolean, parse_args, positive
-from datasets import (PICTURE_SUFFIXES, BadPicture, Picture, open_picture, read_image,
-                      short_names)
+from datasets import (PICTURE_SUFFIXES, BadPicture, Picture, is_picture_name, open_picture,
+                      read_image, short_names)
 from decoding import generate
 from models import pixel_positions
 from visualize import draw_attention, html_page, page_entry
@@ -172,8 +172,7 @@ def find_pictures(image: str | None, examples: Path) -> list[Path]:
         # Links to folders are not followed, as they may lead in a circle, but counted.
         found = Path(image).rglob("*")
         files = sorted(path for path in found if path.is_symlink() or not path.is_dir())
-        pictures = [path for path in files
-                    if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()]
+        pictures = [path for path in files if is_picture_name(path) and path.is_file()]
         paths = [path for path in pictures if not is_figure(path)]
         if len(paths) < len(files):
             print(f"{image}: left out {len(pictures) - len(paths)} figures that demo.py drew, and "

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import fast
-from checkpoint import open_checkpoint
+from checkpoint import BEST_CHECKPOINT, open_checkpoint
 from config import Config, boolean, parse_args, positive
 from data.sample import is_sample_set, measure_captions
 from datasets import CaptionDataset, make_loader, normalise, short_names, tokenize_references
@@ -85,7 +85,7 @@ def results_path(checkpoint: Path, split: str, beam_size: int, length_penalty: f
     """Where results go by default: beside the checkpoint."""
     penalty = f"_penalty{float(length_penalty)}" if length_penalty else ""
     model = ""
-    if checkpoint.name != "BEST_checkpoint.pth.tar":
+    if checkpoint.name != BEST_CHECKPOINT:
         model = f"_{checkpoint.name.removesuffix('.pth.tar')}"
     return checkpoint.with_name(f"results_{split}_beam{beam_size}{penalty}{model}.json")
 

@@ -37,8 +37,8 @@ import numpy as np
 from tqdm import tqdm
 
 from config import Config, get_config, parse_args
-from datasets import (FORMAT_VERSION, JIEBA_VERSION, PICTURE_SUFFIXES, BadPicture, build_word_map,
-                      encode_caption, load_word_map, normalise, open_split, read_image, tokenize,
+from datasets import (FORMAT_VERSION, JIEBA_VERSION, BadPicture, build_word_map, encode_caption,
+                      is_picture_name, load_word_map, normalise, open_split, read_image, tokenize,
                       word_map_digest)
 
 # split: archive or folder, its folder of pictures, its annotations
@@ -347,7 +347,7 @@ def read_source(folder: Path, annotations: Path, config: Config, is_annotated: b
 
 def list_pictures(folder):
     paths = list(folder.iterdir())
-    names = sorted(path.name for path in paths if path.suffix.lower() in PICTURE_SUFFIXES
+    names = sorted(path.name for path in paths if is_picture_name(path)
                    and is_file_name(path.name) and not is_of_macos(path))
     if others := len(paths) - len(names):
         print(f"{folder}: {others} files left out, by their names no pictures")

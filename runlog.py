@@ -177,7 +177,7 @@ def progress_bar(loader: DataLoader, name: str, first: int = 0) -> tqdm:
 def start_line(state: State, train_loader: DataLoader, valid_loader: DataLoader) -> str:
     """Data, model, where it runs, the rates in force, the log."""
     config, progress = state.config, state.progress
-    dtype = str(precision(config, state.device)).removeprefix("torch.")
+    dtype = precision_name(state)
     rates = ", ".join(f"{name} {rate:g}" for name, rate in state.rates().items())
     if not config.fine_tune_encoder:
         rates += ", encoder frozen"
@@ -192,11 +192,16 @@ def start_line(state: State, train_loader: DataLoader, valid_loader: DataLoader)
     return "; ".join(parts)
 
 
+def precision_name(state: State) -> str:
+    """As --precision has it."""
+    return str(precision(state.config, state.device)).removeprefix("torch.")
+
+
 def warnings_of(state: State, train_loader: DataLoader) -> list[str]:
     """What is not as the user would expect."""
     config = state.config
     warnings = []
-    dtype = str(precision(config, state.device)).removeprefix("torch.")
+    dtype = precision_name(state)
     if config.precision not in ("auto", dtype):
         warnings.append(f"this {state.device.type} device would only imitate {config.precision}, "
                         f"so float32 is used")

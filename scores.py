@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from utils import UserError, precise, run_script
+from utils import UserError, one_line, precise, run_script
 
 import numpy as np
 import torch
@@ -424,8 +424,7 @@ def read_json(path: str) -> object:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read as JSON ({reason})") from None
+        raise UserError(f"{path} cannot be read as JSON ({one_line(error)})") from None
 
 
 def read_references(path: str) -> tuple[dict[str, list[str]], dict[str, str]]:

@@ -164,12 +164,12 @@ class State:
         self.meter = Meter(self.progress, device)
         # Weights that torchvision or timm gives again need no place in every checkpoint.
         self.left_out = {}
+        if not self.progress.own_encoder:
+            self.left_out = dict(encoder={}, encoder_digest=weights_digest(self.encoder))
         # What the model that this one began with has seen, and its licence.
         self.note = (start.initial or start.checkpoint or {}).get("note")
         if start.initial and self.note:
             self.note = f"Begun from {start.initial_path}, of which is said: {self.note}"
-        if not self.progress.own_encoder:
-            self.left_out = dict(encoder={}, encoder_digest=weights_digest(self.encoder))
 
     def begin_models(self, start: Start):
         if start.checkpoint:
@@ -666,6 +666,7 @@ class Pause:
     they agree on what to do."""
 
     TRAIN_ON, SAVE = -1, 0  # what a process may want; otherwise the number of a signal
+    REQUESTS = signal.SIGTERM, signal.SIGINT  # what else stops a run is a terminal that is closed
 
     def __init__(self, minutes: float, save):
         self.seconds = 60 * minutes
@@ -675,15 +676,15 @@ class Pause:
         self.asked = 0.0
         for number in STOPPING:
             is_ignored = signal.getsignal(number) == signal.SIG_IGN  # as nohup does with SIGHUP
-            if number in (signal.SIGTERM, signal.SIGINT) or not is_ignored:
+            if number in self.REQUESTS or not is_ignored:
                 signal.signal(number, self.remember)
 
     def remember(self, number, frame):
         if self.signal is None:
             self.signal = number
             self.asked = time.monotonic()
-            if number not in (signal.SIGTERM, signal.SIGINT):
-                discard_output(1, 2)  # the terminal is closed: what is written to it fails
+            if number not in self.REQUESTS:
+                discard_output(1, 2)  # what is written to a closed terminal fails
             if is_first_process():
                 os.write(2, b"\nsaving after this step\n")  # print may be what is interrupted
         elif time.monotonic() > self.asked + 10:

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where config.
 
 from config import PRESETS, Config, new_parser  # noqa: E402
 from data.flickr8k_cn import lay_out  # noqa: E402
-from datasets import PICTURE_SUFFIXES, BadPicture, largest_batch_size  # noqa: E402
+from datasets import (PICTURE_SUFFIXES, BadPicture, is_picture_name,  # noqa: E402
+                      largest_batch_size)
 from datasets import normalise, open_picture  # noqa: E402
 from pre_process import SPLITS, is_of_macos  # noqa: E402
 from utils import UserError, printable, run_script, write_text  # noqa: E402
@@ -92,8 +93,7 @@ class Folder:
         written = {name for name, _, _ in SPLITS.values()}  # by this script, at an earlier call
         files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
         files = [file for file in files if not is_of_macos(file) and not written & set(file.parts)]
-        self.pictures = sorted(file.as_posix() for file in files
-                               if file.suffix.lower() in PICTURE_SUFFIXES)
+        self.pictures = sorted(file.as_posix() for file in files if is_picture_name(file))
         self.file_names = {spelling(file.name) for file in files}
         if not self.pictures:
             raise UserError(f"{path} has no picture, by the suffixes {' '.join(PICTURE_SUFFIXES)}")

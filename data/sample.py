@@ -32,7 +32,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where config.py is
 
 from config import fail, new_parser  # noqa: E402
-from utils import UserError, alone, end_with_parent, replacing, run_script  # noqa: E402
+from utils import (  # noqa: E402
+    UserError, alone, end_with_parent, one_line, replacing, run_script)
 from tqdm import tqdm  # noqa: E402, after utils
 
 SPLITS = {
@@ -482,9 +483,8 @@ def read_scenes(path: Path) -> dict[str, dict]:
         if not all(map(_is_scene, scenes.values())):
             raise ValueError("its scenes are not what this program draws")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged ({reason}): python data/sample.py makes it "
-                        f"again") from None
+        raise UserError(f"{path} is damaged ({one_line(error)[:200]}): python data/sample.py makes "
+                        f"it again") from None
     return scenes
 
 

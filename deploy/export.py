@@ -32,9 +32,9 @@ from tqdm import tqdm  # noqa: E402
 
 from checkpoint import open_checkpoint  # noqa: E402
 from config import Config, new_parser  # noqa: E402
-from datasets import (END, PAD, PICTURE_SUFFIXES, START, UNK, kind_of, read_image,  # noqa: E402
-                      word_list)
-from decoding import generate  # noqa: E402
+from datasets import (END, PICTURE_SUFFIXES, START, is_picture_name, kind_of,  # noqa: E402
+                      read_image, word_list)
+from decoding import generate, never_generated  # noqa: E402
 from deploy.captioner import FORMAT_VERSION, Captioner  # noqa: E402
 from models import pixel_positions  # noqa: E402
 from visualize import heat_weights  # noqa: E402
@@ -168,7 +168,7 @@ def facts_of(checkpoint: dict, config: Config, encoder: nn.Module, half: bool) -
         heat_weights=heat_weights(positions).round(4).tolist(),
         start=word_map[START],
         end=word_map[END],
-        never=[word_map[PAD], word_map[START], word_map[UNK]],
+        never=never_generated(word_map, torch.device("cpu")).tolist(),
         max_len=config.max_len,
         beam_size=BEAM_SIZE,
         length_penalty=config.length_penalty,
@@ -197,7 +197,7 @@ def pictures_of(image: Path | None, image_size: int) -> np.ndarray:
     paths = [image]
     if image.is_dir():
         paths = [path for path in sorted(image.rglob("*"))
-                 if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()]
+                 if is_picture_name(path) and path.is_file()]
     if not paths:
         raise UserError(f"{image} has no pictures: --image takes one, or a folder of "
                         f"{' '.join(PICTURE_SUFFIXES)}")

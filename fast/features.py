@@ -17,8 +17,8 @@ from config import Config
 from datasets import CaptionDataset
 from models import Encoder
 from utils import (UserError, alone, autocast_dtype, from_first_process, gather_lists,
-                   is_first_process, need_space, rank, replacing, weights_digest, world_size,
-                   write_text)
+                   is_first_process, need_space, one_line, rank, replacing, weights_digest,
+                   world_size, write_text)
 
 
 class KeptFeatures(nn.Module):
@@ -119,7 +119,7 @@ def why_not_kept(path: Path, key: dict, shape: tuple, first: np.ndarray) -> str 
             return "does not hold what this encoder gives for the first picture"
         return None
     except Exception as error:  # NumPy and JSON raise anything on a file that is not theirs
-        return f"cannot be used ({' '.join(str(error).split())})"
+        return f"cannot be used ({one_line(error)})"
 
 
 def write_features(path: Path, key: dict, shape: tuple, grids: Iterable[np.ndarray]) -> None:
