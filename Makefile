@@ -1,15 +1,19 @@
 # make demo     a few photographs, captioned by the model that comes along: images/out_*.jpg
 # make sample   the whole pipeline on the sample set, from nothing to images/out_*.jpg
 # make web      a page that captions photographs in the browser: http://localhost:8000
+# make site     that page as a folder, site/, for any web server
 # make test     lint and the whole test suite
 # make bench    speed and memory against the plain implementation, about twenty minutes on two cores
 PYTHON ?= python3
 BIN = .venv/bin
 NPM := $(or $(shell command -v npm),$(BIN)/npm)
 MODEL ?= models/photographs.pth.tar
+HALF ?=
+SITE ?= site
 PORT ?= 8000
+RUNTIME = deploy/web/node_modules/onnxruntime-web/dist
 
-.PHONY: demo sample web test bench
+.PHONY: demo sample web site test bench FORCE
 
 demo: .venv/installed
 	$(BIN)/python demo.py
@@ -20,9 +24,16 @@ sample: .venv/installed data/sample/scenes.json
 	$(BIN)/python eval.py --preset sample --split test_a
 	$(BIN)/python demo.py --preset sample
 
-web: deploy/web/node_modules deploy/web/model
+web: site
 	@echo "http://localhost:$(PORT)"
-	$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory deploy/web
+	$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory $(SITE)
+
+site: deploy/web/node_modules $(SITE)/model
+	cp deploy/web/*.html deploy/web/*.js deploy/web/*.css $(SITE)
+	mkdir -p $(SITE)/runtime
+	cp $(RUNTIME)/ort.wasm.min.mjs $(RUNTIME)/ort-wasm-simd-threaded.mjs \
+		$(RUNTIME)/ort-wasm-simd-threaded.wasm $(SITE)/runtime
+	touch $(SITE)/.nojekyll  # GitHub Pages then serves all files as they are
 
 test: .venv/installed
 	$(BIN)/ruff check .
@@ -31,9 +42,14 @@ test: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py all
 
-deploy/web/model: $(MODEL) | .venv/installed
+$(SITE)/model: $(MODEL) $(SITE)/.model
 	rm -rf $@
-	$(BIN)/python deploy/export.py $(MODEL) --out $@
+	$(BIN)/python deploy/export.py $(MODEL) --out $@ $(if $(HALF),--half)
+
+# Which model is there: another one is exported anew.
+$(SITE)/.model: FORCE | .venv/installed
+	@mkdir -p $(SITE)
+	@echo "$(MODEL) $(HALF)" | cmp -s - $@ || echo "$(MODEL) $(HALF)" > $@
 
 deploy/web/node_modules: deploy/web/package.json | $(NPM)
 	PATH="$(dir $(abspath $(NPM))):$$PATH" $(NPM) install --prefix deploy/web \

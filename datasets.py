@@ -91,13 +91,14 @@ def open_picture(source: Picture, image_size: int | None = None) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise anything on a broken file
         name = source
         if not isinstance(source, str | os.PathLike):
-            name = getattr(source, "filename", "") or getattr(source, "name", type(source).__name__)
+            name = getattr(source, "filename", "") or getattr(source, "name", "")
         reason = str(error).replace(f" {source!r}", "")
         if isinstance(error, UnidentifiedImageError):  # its message names the object that was read
             reason = "cannot identify image file"
         if isinstance(error, FileNotFoundError):
             reason = "no such file"
-        raise BadPicture(f"{name}: {reason or type(error).__name__}") from error
+        reason = reason or type(error).__name__
+        raise BadPicture(f"{name}: {reason}" if name else reason) from error
 
 
 def unread(source):

@@ -10,7 +10,7 @@ In Python: Captioner("models/photographs.pth.tar")("my.jpg").sentence
 import io
 from argparse import Namespace
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils import UserError, printable, replacing, run_script, write_text
@@ -89,8 +89,10 @@ class Caption:
     score: float  # sum of log-probabilities, that of <end> included
     log_probs: list[float]  # of each word
     ended: bool  # whether the model wrote <end>, or was cut off
-    alphas: np.ndarray  # (len(words), s, s): the attention at each word
-    positions: np.ndarray  # (s,): centres of its rows and columns, as fractions of the side
+    # (len(words), s, s): the attention at each word
+    alphas: np.ndarray = field(repr=False)
+    # (s,): centres of its rows and columns, as fractions of the side
+    positions: np.ndarray = field(repr=False)
 
     @property
     def sentence(self) -> str:
@@ -151,7 +153,8 @@ class Captioner:
         return images
 
 
-def figure_file(picture: Image.Image, caption: Caption, every_word: bool) -> bytes:
+def figure_file(picture: Image.Image, caption: Caption, every_word: bool = False) -> bytes:
+    """A JPEG of the attention at each word."""
     jpeg = io.BytesIO()
     figure = draw_attention(picture, caption.words, caption.alphas, caption.positions, every_word)
     figure.savefig(jpeg, format="jpg", pil_kwargs={"quality": 88, "comment": COMMENT})

@@ -14,7 +14,7 @@ import os
 import struct
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -66,8 +66,10 @@ class Caption:
     score: float  # sum of log-probabilities, that of <end> included
     log_probs: list[float]  # of each word
     ended: bool  # whether the model wrote <end>, or was cut off
-    alphas: np.ndarray  # (len(words), s, s): the attention at each word
-    positions: np.ndarray  # (s,): centres of its rows and columns, as fractions of the side
+    # (len(words), s, s): the attention at each word
+    alphas: np.ndarray = field(repr=False)
+    # (s,): centres of its rows and columns, as fractions of the side
+    positions: np.ndarray = field(repr=False)
 
     @property
     def sentence(self) -> str:
@@ -264,13 +266,14 @@ def open_picture(source: Picture, image_size: int | None = None) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise anything on a broken file
         name = source
         if not isinstance(source, str | os.PathLike):
-            name = getattr(source, "filename", "") or getattr(source, "name", type(source).__name__)
+            name = getattr(source, "filename", "") or getattr(source, "name", "")
         reason = str(error).replace(f" {source!r}", "")
         if isinstance(error, UnidentifiedImageError):  # its message names the object that was read
             reason = "cannot identify image file"
         if isinstance(error, FileNotFoundError):
             reason = "no such file"
-        raise BadPicture(f"{name}: {reason or type(error).__name__}") from error
+        reason = reason or type(error).__name__
+        raise BadPicture(f"{name}: {reason}" if name else reason) from error
 
 
 def unread(source):

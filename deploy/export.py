@@ -30,7 +30,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from checkpoint import open_checkpoint  # noqa: E402
+from checkpoint import RELEASED, open_checkpoint  # noqa: E402
 from config import Config, new_parser  # noqa: E402
 from datasets import (END, PICTURE_SUFFIXES, START, is_picture_name, kind_of,  # noqa: E402
                       read_image, word_list)
@@ -57,6 +57,9 @@ def main():
     parser.add_argument("--image", type=Path, metavar="FILE_OR_FOLDER",
                         help=f"pictures to compare captions on ({RANDOM_PICTURES} random ones)")
     args = parser.parse_args()
+    if not args.checkpoint.exists():
+        raise UserError(f"{args.checkpoint} does not exist: name a checkpoint, as "
+                        f"models/BEST_checkpoint.pth.tar or {RELEASED}")
 
     opened = Namespace(checkpoint=args.checkpoint, preset=None, flags={"device": "cpu"})
     with new_folder(args.out) as folder:

@@ -278,6 +278,8 @@ def test_an_export_has_its_own_files_only(quick_export, checkpoint, tmp_path):
     assert before.keys() == {"model", *(f"model/{name}" for name in (
         "decoder.onnx", "encoder.onnx", "model.json"))}
     fails(export.main, checkpoint, "--out", folder, parts=["exists", "--out"])
+    fails(export.main, tmp_path / "no.pth.tar", "--out", tmp_path / "other",
+          parts=["no.pth.tar does not exist: name a checkpoint"])
     assert files_under(tmp_path) == before
 
 

@@ -4,13 +4,16 @@ import functools
 import http.server
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from common import ROOT, call, peaks
+from common import ROOT, peaks
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
@@ -22,7 +25,6 @@ from checkpoint import CHECKPOINT_VERSION, save_checkpoint
 from config import Config
 from datasets import END, PAD, START, UNK
 from demo import Captioner
-from deploy import export
 from models import build_models
 from visualize import html_page, page_entry
 
@@ -34,7 +36,8 @@ POLICY = ("default-src 'self'; img-src 'self' blob: data:; style-src 'self' 'uns
           "script-src 'self' 'wasm-unsafe-eval'")
 
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no Chromium with chromedriver")
-needs_runtime = pytest.mark.skipif(not (WEB / "node_modules").exists(),
+RUNTIME = WEB / "node_modules" / "onnxruntime-web" / "dist"
+needs_runtime = pytest.mark.skipif(not RUNTIME.exists(),
                                    reason="no onnxruntime-web: make deploy/web/node_modules")
 
 
@@ -89,8 +92,8 @@ def site(tmp_path):
     folder.mkdir()
     for path in WEB.glob("*.*"):
         shutil.copy(path, folder)
-    if (WEB / "node_modules").exists():
-        (folder / "node_modules").symlink_to(WEB / "node_modules")
+    if RUNTIME.exists():
+        (folder / "runtime").symlink_to(RUNTIME)
     return folder
 
 
@@ -158,9 +161,12 @@ fetch(address).then(answer => answer.blob()).then(blob => {
 
 
 @needs_runtime
-def test_the_page_captions_as_demo_does_and_sends_nothing(site, tmp_path, start_browser):
+def test_the_page_captions_as_demo_does_and_sends_nothing(tmp_path, start_browser):
     checkpoint = random_checkpoint(tmp_path / "random.pth.tar")
-    call(export.main, checkpoint, "--out", site / "model")
+    site = tmp_path / "site"
+    subprocess.run(["make", "site", f"SITE={site}", f"MODEL={checkpoint}",
+                    f"BIN={Path(sys.executable).parent}", "--old-file=.venv/installed",
+                    "--old-file=deploy/web/node_modules"], cwd=ROOT, check=True, timeout=300)
     paths = pictures(tmp_path)
     captioner = Captioner(checkpoint)
     expected = {beam: [captioner(path, beam).sentence for path in paths] for beam in (1, 3)}
@@ -213,13 +219,13 @@ def damage(site):
 
 def remove_runtime(site):
     damage(site)
-    (site / "node_modules").unlink(missing_ok=True)
+    (site / "runtime").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("change, flags, parts", [
-    (lambda site: None, (), ["没有 model/model.json", "no model/model.json", "make web"]),
-    (remove_runtime, (), ["没有 node_modules/onnxruntime-web", "make web"]),
-    pytest.param(damage, (), ["模型打不开", "The model cannot be opened", "make web"],
+    (lambda site: None, (), ["缺少 model/model.json", "lacks model/model.json", "make site"]),
+    (remove_runtime, (), ["缺少 runtime/ort", "make site"]),
+    pytest.param(damage, (), ["模型打不开", "The model cannot be opened", "make site"],
                  marks=needs_runtime),
     (damage, ["js-flags=--jitless"], ["这个浏览器太旧", "This browser is too old"]),
 ], ids=["no model", "no runtime", "damaged", "no WebAssembly"])

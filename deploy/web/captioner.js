@@ -5,7 +5,7 @@
 // { model } when it is ready, { number, caption } and { number, failure }; { failure } without a
 // number ends it.
 
-const RUNTIME = "node_modules/onnxruntime-web/dist";
+const RUNTIME = "runtime";  // of onnxruntime-web
 const MODEL = "model";  // what deploy/export.py has written
 const CACHE = "show-attend-tell";
 const FORMAT_VERSION = 1;  // of model.json

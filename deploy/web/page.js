@@ -6,14 +6,14 @@ const FAILURES = {  // what captioner.js and this page report, in both languages
     `读不了“${what}”：不是这个浏览器能打开的图片。`,
     `Cannot read “${what}”: not a picture that this browser can open.`],
   missing: what => [
-    `服务器上没有 ${what}：先运行 make web。`,
-    `The server has no ${what}: run make web first.`],
+    `这个网站缺少 ${what}：重新运行 make site，把 site 文件夹完整放上服务器。`,
+    `This site lacks ${what}: run make site, and put all of the folder site on the server.`],
   offline: what => [
     `${what} 没有取到：连不上服务器。联网后重新载入本页。`,
     `${what} did not arrive: the server cannot be reached. Reload this page when it can.`],
   model: what => [
-    `模型打不开（${what}）：重新运行 make web。`,
-    `The model cannot be opened (${what}): run make web again.`],
+    `模型打不开（${what}）：删除 site 文件夹，重新运行 make site。`,
+    `The model cannot be opened (${what}): remove the folder site and run make site again.`],
   browser: () => [
     "这个浏览器太旧：需要 WebAssembly、模块 worker 和 OffscreenCanvas。",
     "This browser is too old: it needs WebAssembly, module workers and OffscreenCanvas."],
