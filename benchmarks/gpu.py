@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --out FOLDER --minutes 12
     python benchmarks/gpu.py --out FOLDER --minutes 9 --parts form memory two_processes
-    python benchmarks/gpu.py --out FOLDER --minutes 6 --device cpu    # a rehearsal: tiny sizes
+    python benchmarks/gpu.py --out FOLDER --minutes 3 --device cpu    # a rehearsal: tiny sizes
     python benchmarks/gpu.py wheels         # what to bring to a host without network
     python benchmarks/tables.py FOLDER      # the tables of README.md
 
@@ -41,6 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_parts(args: argparse.Namespace) -> None:
+    """Ends the program with exit code 1 where a part has failed or was cut short."""
     args.out.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     if args.device == "cpu":
@@ -49,6 +50,7 @@ def run_parts(args: argparse.Namespace) -> None:
         print(f"not installed: {', '.join(absent.NOT_INSTALLED)}")
     deadline = time.monotonic() + 60 * args.minutes
     parts = [name for name in PARTS if name in args.parts]
+    unfinished = []
     for place, name in enumerate(parts):
         left = max(deadline - time.monotonic(), 1)
         share = left * PARTS[name] / sum(PARTS[part] for part in parts[place:])
@@ -57,6 +59,10 @@ def run_parts(args: argparse.Namespace) -> None:
         result = run_part(name, args.out, share, environment)
         print(f"{name}: {result['state']}, {result['seconds']:.0f} s, "
               f"{len(result['rows'])} rows", flush=True)
+        if result["state"] != "whole":
+            unfinished.append(name)
+    if unfinished:
+        sys.exit(f"error: not whole: {', '.join(unfinished)}")
 
 
 def run_part(name: str, folder: Path, seconds: float, environment: dict[str, str]) -> dict:

@@ -158,8 +158,9 @@ def test_what_is_no_picture_is_refused_by_name(captioner, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"not a picture")
     good = np.zeros((8, 8, 3), np.uint8)
     refused = [(tmp_path / "bad.jpg", "bad.jpg"), ("no.jpg", "no.jpg: no such file"),
-               (io.BytesIO(b"nothing"), "cannot identify"), (good / 255, "array of float64: give uint8"),
-               (good[..., :2], "(8, 8, 2)"), (good[:0], "(0, 8, 3)"), (7, "give a path")]
+               (io.BytesIO(b"nothing"), "cannot identify"),
+               (good / 255, "array of float64: give uint8"), (good[..., :2], "(8, 8, 2)"),
+               (good[:0], "(0, 8, 3)"), (7, "give a path")]
     for source, part in refused:
         with pytest.raises(UserError, match=re.escape(part)):
             captioner(source)
