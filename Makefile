@@ -42,14 +42,22 @@ test: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/run.py all
 
-$(SITE)/model: $(MODEL) $(SITE)/.model
+# The old one stays until the new one is whole.
+$(SITE)/model: $(SITE)/.model
+	rm -rf $@.new
+	$(BIN)/python deploy/export.py $(MODEL) --out $@.new $(if $(filter-out 0,$(HALF)),--half)
 	rm -rf $@
-	$(BIN)/python deploy/export.py $(MODEL) --out $@ $(if $(HALF),--half)
+	mv $@.new $@
 
-# Which model is there: another one is exported anew.
+# Which model is there, by its content: another one is exported anew. A folder without this file is
+# not ours to write to.
 $(SITE)/.model: FORCE | .venv/installed
+	@test -f "$(MODEL)" || { echo "error: MODEL=$(MODEL) is not a file: name a checkpoint"; exit 2; }
+	@test -e $@ || ! test -e $(SITE)/model -o -e $(SITE)/index.html || \
+		{ echo "error: $(SITE) has another page: name another folder by SITE="; exit 2; }
 	@mkdir -p $(SITE)
-	@echo "$(MODEL) $(HALF)" | cmp -s - $@ || echo "$(MODEL) $(HALF)" > $@
+	@{ cksum < "$(MODEL)"; echo $(HALF); } > $@.tmp
+	@if cmp -s $@.tmp $@; then rm $@.tmp; else mv $@.tmp $@; fi
 
 deploy/web/node_modules: deploy/web/package.json | $(NPM)
 	PATH="$(dir $(abspath $(NPM))):$$PATH" $(NPM) install --prefix deploy/web \

@@ -97,6 +97,8 @@ def open_picture(source: Picture, image_size: int | None = None) -> Image.Image:
             reason = "cannot identify image file"
         if isinstance(error, FileNotFoundError):
             reason = "no such file"
+        if isinstance(error, IsADirectoryError):
+            reason = "a folder: name the pictures in it"
         reason = reason or type(error).__name__
         raise BadPicture(f"{name}: {reason}" if name else reason) from error
 
@@ -114,7 +116,9 @@ def unread(source):
             raise ValueError(f"an array of shape {source.shape}: give (H, W), or (H, W, 1, 3 or 4)")
         return Image.fromarray(source.reshape(shape))
     if isinstance(source, str | os.PathLike):
-        if not Path(source).is_file():  # a folder; a pipe would block
+        if Path(source).is_dir():
+            raise IsADirectoryError
+        if not Path(source).is_file():  # a pipe would block
             raise FileNotFoundError
         return opened(source)
     if not hasattr(source, "read"):

@@ -133,6 +133,8 @@ class Captioner:
         """
         if not isinstance(pictures, list):
             return self([pictures], beam_size, n_best)[0]
+        if min(beam_size, n_best) < 1:
+            raise ValueError(f"beam_size {beam_size} and n_best {n_best} must be at least 1")
         if not pictures:
             return []
         images = torch.from_numpy(np.stack(self.read(pictures))).to(self.device)
@@ -153,10 +155,11 @@ class Captioner:
         return images
 
 
-def figure_file(picture: Image.Image, caption: Caption, every_word: bool = False) -> bytes:
-    """A JPEG of the attention at each word."""
+def figure_file(picture: Picture, caption: Caption, every_word: bool = False) -> bytes:
+    """A JPEG of the attention at each word. BadPicture: it cannot be read."""
     jpeg = io.BytesIO()
-    figure = draw_attention(picture, caption.words, caption.alphas, caption.positions, every_word)
+    figure = draw_attention(open_picture(picture), caption.words, caption.alphas,
+                            caption.positions, every_word)
     figure.savefig(jpeg, format="jpg", pil_kwargs={"quality": 88, "comment": COMMENT})
     return jpeg.getvalue()
 

@@ -43,6 +43,8 @@ def main():
     parser.add_argument("pictures", nargs="+", metavar="PICTURE")
     parser.add_argument("--beam_size", type=int, metavar="K", help="1 is greedy (the model's, 3)")
     args = parser.parse_args()
+    if args.beam_size is not None and args.beam_size < 1:
+        parser.error("--beam_size must be at least 1")
     sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
     try:
         captioner = Captioner(args.folder)
@@ -218,7 +220,7 @@ def read_model(path: Path) -> dict:
     try:
         model = json.loads(path.read_text(encoding="utf-8"))
         version = model["format_version"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} does not exist: name the folder that export.py wrote") from None
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error!r:.200}): export again") from None
@@ -272,6 +274,8 @@ def open_picture(source: Picture, image_size: int | None = None) -> Image.Image:
             reason = "cannot identify image file"
         if isinstance(error, FileNotFoundError):
             reason = "no such file"
+        if isinstance(error, IsADirectoryError):
+            reason = "a folder: name the pictures in it"
         reason = reason or type(error).__name__
         raise BadPicture(f"{name}: {reason}" if name else reason) from error
 
@@ -289,7 +293,9 @@ def unread(source):
             raise ValueError(f"an array of shape {source.shape}: give (H, W), or (H, W, 1, 3 or 4)")
         return Image.fromarray(source.reshape(shape))
     if isinstance(source, str | os.PathLike):
-        if not Path(source).is_file():  # a folder; a pipe would block
+        if Path(source).is_dir():
+            raise IsADirectoryError
+        if not Path(source).is_file():  # a pipe would block
             raise FileNotFoundError
         return opened(source)
     if not hasattr(source, "read"):

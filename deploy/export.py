@@ -57,8 +57,8 @@ def main():
     parser.add_argument("--image", type=Path, metavar="FILE_OR_FOLDER",
                         help=f"pictures to compare captions on ({RANDOM_PICTURES} random ones)")
     args = parser.parse_args()
-    if not args.checkpoint.exists():
-        raise UserError(f"{args.checkpoint} does not exist: name a checkpoint, as "
+    if not args.checkpoint.is_file():
+        raise UserError(f"{args.checkpoint} is not a file: name a checkpoint, as "
                         f"models/BEST_checkpoint.pth.tar or {RELEASED}")
 
     opened = Namespace(checkpoint=args.checkpoint, preset=None, flags={"device": "cpu"})
@@ -73,7 +73,7 @@ def main():
         text = json.dumps(facts, ensure_ascii=False, indent=1)
         (folder / "model.json").write_text(text, encoding="utf-8")
         compare(folder, encoder, decoder, images)
-        sizes = [f"{path.name} {path.stat().st_size / 2**20:.1f} MiB"
+        sizes = [f"{path.name} {path.stat().st_size / 2**20:.2f} MiB"
                  for path in sorted(folder.iterdir())]
     print(f"Wrote {args.out}: {', '.join(sizes)}")
 

@@ -312,3 +312,11 @@ def peaks(image_size=256, encoded_image_size=4, word="词"):
     words = [word] * len(positions)
     caption = Caption(words, -1.0, [-0.1] * len(words), True, alphas, positions)
     return caption, np.stack([positions[::-1], positions], axis=1)
+
+
+def make_site(site, model):
+    """`make site` by this Python, and with what is installed."""
+    return subprocess.run(
+        ["make", "site", f"SITE={site}", f"MODEL={model}", f"BIN={Path(sys.executable).parent}",
+         "--old-file=.venv/installed", "--old-file=deploy/web/node_modules"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300)

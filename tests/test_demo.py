@@ -158,6 +158,7 @@ def test_what_is_no_picture_is_refused_by_name(captioner, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"not a picture")
     good = np.zeros((8, 8, 3), np.uint8)
     refused = [(tmp_path / "bad.jpg", "bad.jpg"), ("no.jpg", "no.jpg: no such file"),
+               (tmp_path, "a folder: name the pictures in it"),
                (io.BytesIO(b"nothing"), "cannot identify"),
                (good / 255, "array of float64: give uint8"), (good[..., :2], "(8, 8, 2)"),
                (good[:0], "(0, 8, 3)"), (7, "give a path")]
@@ -166,6 +167,9 @@ def test_what_is_no_picture_is_refused_by_name(captioner, tmp_path):
             captioner(source)
         with pytest.raises(UserError, match=f"picture 2: .*{re.escape(part)}"):
             captioner([good, source])
+    for numbers in ((0, 1), (3, 0)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            captioner(good, *numbers)
 
 
 # -------------------------------------------------------------------------------------------------

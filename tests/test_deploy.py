@@ -16,7 +16,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
-from common import ROOT, call, fails, files_under
+from common import ROOT, call, fails, files_under, make_site
 from PIL import Image
 
 import demo
@@ -279,8 +279,27 @@ def test_an_export_has_its_own_files_only(quick_export, checkpoint, tmp_path):
         "decoder.onnx", "encoder.onnx", "model.json"))}
     fails(export.main, checkpoint, "--out", folder, parts=["exists", "--out"])
     fails(export.main, tmp_path / "no.pth.tar", "--out", tmp_path / "other",
-          parts=["no.pth.tar does not exist: name a checkpoint"])
+          parts=["no.pth.tar is not a file: name a checkpoint"])
     assert files_under(tmp_path) == before
+
+
+def test_make_site_keeps_what_is_there(tmp_path):
+    site, damaged = tmp_path / "site", tmp_path / "damaged.pth.tar"
+    (site / "model").mkdir(parents=True)
+    (site / "model" / "mine").write_text("mine")
+    damaged.write_bytes(b"no checkpoint")
+    before = files_under(tmp_path)
+
+    done = make_site(site, tmp_path / "no.pth.tar")
+    assert done.returncode and "no.pth.tar is not a file" in done.stdout
+    done = make_site(site, damaged)
+    assert done.returncode and "has another page" in done.stdout
+    assert files_under(tmp_path) == before
+
+    (site / ".model").write_text("another one")  # as a site of ours
+    done = make_site(site, damaged)
+    assert done.returncode and "damaged.pth.tar is damaged" in done.stderr
+    assert (site / "model" / "mine").exists()
 
 
 # -------------------------------------------------------------------------------------------------

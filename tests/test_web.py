@@ -4,16 +4,13 @@ import functools
 import http.server
 import json
 import shutil
-import subprocess
-import sys
 import threading
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from common import ROOT, peaks
+from common import ROOT, make_site, peaks
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
@@ -164,9 +161,8 @@ fetch(address).then(answer => answer.blob()).then(blob => {
 def test_the_page_captions_as_demo_does_and_sends_nothing(tmp_path, start_browser):
     checkpoint = random_checkpoint(tmp_path / "random.pth.tar")
     site = tmp_path / "site"
-    subprocess.run(["make", "site", f"SITE={site}", f"MODEL={checkpoint}",
-                    f"BIN={Path(sys.executable).parent}", "--old-file=.venv/installed",
-                    "--old-file=deploy/web/node_modules"], cwd=ROOT, check=True, timeout=300)
+    done = make_site(site, checkpoint)
+    assert not done.returncode, done.stderr
     paths = pictures(tmp_path)
     captioner = Captioner(checkpoint)
     expected = {beam: [captioner(path, beam).sentence for path in paths] for beam in (1, 3)}

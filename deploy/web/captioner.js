@@ -246,7 +246,7 @@ async function load(onProgress) {
   return { ort, model, encoder: await open(encoderFile), decoder: await open(decoderFile) };
 }
 
-/** Their bytes. What is kept is taken if the server still has the same, or cannot be reached. */
+/** Their bytes. What is kept is taken if the server still has the same. */
 async function files(urls, onProgress) {
   // Only pages from https and from this machine may keep files, and not in private windows.
   const cache = await self.caches?.open(CACHE).catch(() => undefined);
@@ -265,13 +265,7 @@ async function files(urls, onProgress) {
 
 async function plan(url, cache) {
   const kept = await cache?.match(url);
-  let answer;
-  try {
-    answer = await request(url, { method: "HEAD", cache: "no-store" });
-  } catch (error) {
-    if (kept && error.told.reason === "offline") return { url, kept, size: 0 };
-    throw error;
-  }
+  const answer = await request(url, { method: "HEAD", cache: "no-store" });
   const names = ["etag", "last-modified", "content-length"];
   const version = names.map(name => answer.headers.get(name)).filter(Boolean).join(" ");
   if (kept?.headers.get("version") === version) return { url, kept, size: 0 };
