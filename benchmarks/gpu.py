@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --out FOLDER --minutes 12
     python benchmarks/gpu.py --out FOLDER --minutes 9 --parts form memory two_processes
-    python benchmarks/gpu.py --out FOLDER --minutes 3 --device cpu    # a rehearsal: tiny sizes
+    python benchmarks/gpu.py --out FOLDER --minutes 5 --device cpu    # a rehearsal: tiny sizes
     python benchmarks/gpu.py wheels         # what to bring to a host without network
     python benchmarks/tables.py FOLDER      # the tables of README.md
 
