@@ -13,12 +13,11 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-from utils import (UserError, gather_lists, init_distributed, is_first_process, meet_processes,
-                   run_script, write_text)
+from utils import (UserError, end_distributed, gather_lists, init_distributed, is_first_process,
+                   meet_processes, run_script, write_text)
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import fast
@@ -68,8 +67,7 @@ def main() -> None:
     positions = pixel_positions(encoder, config.image_size, config.encoded_image_size)
     captions = caption_split(models, dataset, config, word_map, args.beam_size, positions, device)
     is_first = is_first_process()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_distributed()
     if not is_first:
         return
 

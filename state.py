@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from utils import (Meeting, UserError, discard_output, is_first_process, largest_of_processes,
-                   precise, precision, rank, resumes, sum_over_processes, weights_digest,
-                   world_size)
+from utils import (Meeting, UserError, discard_output, end_distributed, is_first_process,
+                   largest_of_processes, precise, precision, rank, resumes, sum_over_processes,
+                   weights_digest, world_size)
 
 import torch
-import torch.distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from checkpoint import (BEST_CHECKPOINT, CHECKPOINT, CROSS_ENTROPY_CHECKPOINT, load_checkpoint,
@@ -711,6 +710,5 @@ class Pause:
         if is_first_process():
             print(f"\nstopped by {signal.Signals(order).name}: continue with --resume",
                   file=sys.stderr)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        end_distributed()
         sys.exit(128 + order)

@@ -31,9 +31,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from utils import (UserError, alone, autocast, from_first_process, gather_lists, get_device,
-                   init_distributed, is_first_process, keep_freed_memory, meet_processes,
-                   precision, run_script, to_device, world_size)
+from utils import (UserError, alone, autocast, end_distributed, from_first_process,
+                   gather_lists, get_device, init_distributed, is_first_process,
+                   keep_freed_memory, meet_processes, precision, run_script, to_device,
+                   world_size)
 
 import torch
 import torch.distributed as dist
@@ -67,8 +68,7 @@ def main():
         device = get_device(start.config)
         init_distributed(device, meeting)
         train(start, device)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        end_distributed()
 
 
 def train(start: Start, device: torch.device):

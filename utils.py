@@ -398,6 +398,20 @@ def init_distributed(device: torch.device, meeting: Meeting) -> None:
         dist.init_process_group(backend, **meeting._asdict())
 
 
+def end_distributed() -> None:
+    """End the process group, if there is one.
+
+    Its object stays. Where DistributedDataParallel's was the last reference to it, freeing that
+    waits for gloo's threads, and on PyTorch 2.11 one of these may wait for Python's lock: for ever.
+    """
+    if dist.is_initialized():
+        ended_groups.append(dist.group.WORLD)
+        dist.destroy_process_group()
+
+
+ended_groups = []
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
