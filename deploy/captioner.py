@@ -34,6 +34,8 @@ TURNS = {  # EXIF's orientation; 1 is upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Where Pillow reads that from: names in the `info` of an image.
+TURN_DATA = "exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"
 
 
 def main():
@@ -272,10 +274,6 @@ def open_picture(source: Picture, image_size: int | None = None) -> Image.Image:
         reason = str(error).replace(f" {source!r}", "")
         if isinstance(error, UnidentifiedImageError):  # its message names the object that was read
             reason = "cannot identify image file"
-        if isinstance(error, FileNotFoundError):
-            reason = "no such file"
-        if isinstance(error, IsADirectoryError):
-            reason = "a folder: name the pictures in it"
         reason = reason or type(error).__name__
         raise BadPicture(f"{name}: {reason}" if name else reason) from error
 
@@ -294,9 +292,9 @@ def unread(source):
         return Image.fromarray(source.reshape(shape))
     if isinstance(source, str | os.PathLike):
         if Path(source).is_dir():
-            raise IsADirectoryError
+            raise IsADirectoryError("a folder: name the pictures in it")
         if not Path(source).is_file():  # a pipe would block
-            raise FileNotFoundError
+            raise FileNotFoundError("no such file")
         return opened(source)
     if not hasattr(source, "read"):
         raise TypeError("give a path, a file object, a PIL image or a uint8 array")
@@ -320,7 +318,11 @@ def load_upright(file, image_size):
         _, box = drafted  # exact where the reduction does not divide the side
         picture = file.resize((image_size, image_size), Image.Resampling.BILINEAR, box)
     turn = turn_of(file)
-    return picture if turn is None else picture.transpose(turn)
+    if turn is not None:
+        picture = picture.transpose(turn)
+        for name in TURN_DATA:  # so that it is not turned again where it is opened as a picture
+            picture.info.pop(name, None)
+    return picture
 
 
 def turn_of(file: Image.Image) -> Image.Transpose | None:

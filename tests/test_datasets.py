@@ -114,7 +114,9 @@ def test_a_picture_is_turned_upright(mode, suffix, orientation, upright, tmp_pat
     exif[0x0112] = orientation
     picture.save(tmp_path / f"turned.{suffix}", exif=exif)
     expected = upright(np.stack([shades] * 3, axis=-1))
-    assert np.array_equal(open_picture(tmp_path / f"turned.{suffix}"), expected)
+    found = open_picture(tmp_path / f"turned.{suffix}")
+    assert np.array_equal(found, expected)
+    assert np.array_equal(open_picture(found), expected), "what is upright was turned again"
 
 
 TEXT, SHORT, SIGNED = 2, 3, 10  # EXIF's types; SIGNED is a quotient
