@@ -37,7 +37,6 @@ from utils import (UserError, alone, autocast, end_distributed, from_first_proce
                    world_size)
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -237,7 +236,7 @@ def validate(state: State, models: fast.Models, loader: DataLoader, pause: Pause
         found = generate(models.decoder, grid, state.word_map, config.max_len, beam_size=1)
         generated += with_rows(found, rows)
         pause()
-    if dist.is_initialized() and len(loader) < loader.sampler.rounds():
+    if world_size() > 1 and len(loader) < loader.sampler.rounds():
         pause()  # all together: other processes have a batch more
 
     total = collections.Counter()
